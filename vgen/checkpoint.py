@@ -1,0 +1,189 @@
+"""Checkpoints of a training run: asynchronous, atomic, verified, and read back onto any mesh.
+
+Layout of a stage's folder: `checkpoints/<step>/{weights,average,rest,meta}` written by orbax, and
+`checkpoints/<step>.crc.json`, the sizes and checksums of its files, added once the step is complete.
+"""
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from vgen.config import UserError
+from vgen.state import State
+
+_ARGS = ocp.args
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    folder: the run's folder; `checkpoints/` is made inside.  keep: how many of the newest stay.  keep_every: steps that
+    are multiples of it stay for good (0 = none).  meta: JSON-able facts stored with every step, such as where frozen
+    parameters come from (they are named, not saved).  warn: called with one sentence about a damaged checkpoint.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        keep: int = 2,
+        keep_every: int = 0,
+        meta: Mapping[str, Any] | None = None,
+        warn: Callable[[str], None] = logging.warning,
+    ):
+        self.folder = Path(folder).resolve() / "checkpoints"
+        self.meta, self.warn = dict(meta or {}), warn
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True, create=True
+        )
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """The complete steps on disk, oldest first."""
+        return sorted(self.manager.all_steps())
+
+    def save(self, step: int, state: State, batches=None) -> None:
+        """Start saving `state` as `step`; returns before it is on disk.  The step before is sealed first."""
+        if step in self.steps():
+            return
+        self.wait()
+        position = batches.get_state() if hasattr(batches, "get_state") else None
+        if jax.default_backend() == "cpu":
+            state = jax.tree.map(jnp.copy, state)  # host memory is shared with the donated buffers of the next step
+        items = _split(state)
+        shapes = {path: (list(leaf.shape), leaf.dtype.name) for path, leaf in items["weights"].items()}
+        self.manager.save(
+            step,
+            args=_ARGS.Composite(
+                **{name: _ARGS.StandardSave(item) for name, item in items.items()},
+                meta=_ARGS.JsonSave({**self.meta, "data": position, "average": bool(state.ema), "shapes": shapes}),
+            ),
+        )
+
+    def wait(self) -> None:
+        """Block until everything is on disk, and seal it with checksums."""
+        self.manager.wait_until_finished()
+        if jax.process_index() == 0:
+            for step in self.steps():
+                if not self._seal(step).exists():
+                    _write_json(self._seal(step), _checksums(self.folder / str(step)))
+            for seal in self.folder.glob("*.crc.json"):
+                if not (self.folder / seal.name.split(".")[0]).exists():
+                    seal.unlink(missing_ok=True)
+
+    def restore(self, shapes: State, shardings: State) -> tuple[State, Any] | None:
+        """The newest whole checkpoint as (state, data position), placed by `shardings`; None if there is none.
+
+        A damaged one is named, set aside as `<step>.damaged`, and the one before is tried.  UserError when there were
+        checkpoints and none can be read.
+        """
+        abstract = jax.tree.map(_placed, shapes, shardings)
+        items = _split(abstract)
+        args = {name: _ARGS.StandardRestore(item) for name, item in items.items()}
+        found = self._newest(_ARGS.Composite(**args, meta=_ARGS.JsonRestore()))
+        if found is None:
+            return None
+        parts = {name: found[name] for name in items}
+        return _join(parts, shapes), found["meta"]["data"]
+
+    def weights(self, place: Callable[[str, Any], Any] | None = None) -> tuple[dict[str, jax.Array], int] | None:
+        """({path: array}, step): the averaged parameters of the newest whole checkpoint, else the trained ones.
+
+        place: (path, shape struct) -> sharding; default: the first device.
+        """
+        place = place or (lambda path, leaf: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+
+        def args(step):
+            meta = json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
+            item = "average" if meta["average"] else "weights"
+            structs = {path: jax.ShapeDtypeStruct(shape, dtype) for path, (shape, dtype) in meta["shapes"].items()}
+            structs = {path: _placed(leaf, place(path, leaf)) for path, leaf in structs.items()}
+            return _ARGS.Composite(**{item: _ARGS.StandardRestore(structs)})
+
+        found = self._newest(args)
+        if found is None:
+            return None
+        return dict(found.get("average") or found.get("weights")), self._read_step
+
+    def close(self) -> None:
+        self.wait()
+        self.manager.close()
+
+    def _newest(self, args):
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                self._verify(step)
+                found = self.manager.restore(step, args=args(step) if callable(args) else args)
+                self._read_step = step
+                return found
+            except Exception as error:  # noqa: BLE001  orbax and tensorstore raise many kinds for a damaged file
+                reason = " ".join(str(error).split())[:200]
+                self.warn(f"checkpoint {self.folder / str(step)} is damaged ({reason}); trying the one before")
+                self._set_aside(step)
+        if steps:
+            raise UserError(f"no checkpoint in {self.folder} can be read (tried steps {steps}); see the warnings above")
+        return None
+
+    def _seal(self, step: int) -> Path:
+        return self.folder / f"{step}.crc.json"
+
+    def _verify(self, step: int) -> None:
+        if not self._seal(step).exists():
+            return  # complete (orbax renames last) but the process ended before it was sealed
+        wanted, got = json.loads(self._seal(step).read_text()), _checksums(self.folder / str(step))
+        wrong = sorted(name for name in set(wanted) | set(got) if wanted.get(name) != got.get(name))
+        if wrong:
+            raise ValueError(f"{len(wrong)} files changed since they were written, e.g. {wrong[0]}")
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            target = self.folder.parent / f"{step}.damaged"
+            shutil.rmtree(target, ignore_errors=True)
+            (self.folder / str(step)).rename(target)
+            self._seal(step).unlink(missing_ok=True)
+        self.manager.reload()
+
+
+def _split(state: State) -> dict[str, Any]:
+    """A state as the items of a checkpoint: inference reads `average` or `weights` and never touches `rest`."""
+    rest = {name: getattr(state, name) for name in ("opt", "step", "key", "skipped", "bad_in_row")}
+    items = {"weights": {**state.params, **state.buffers}, "rest": rest}
+    return items | ({"average": dict(state.ema)} if state.ema else {})
+
+
+def _join(items: Mapping[str, Any], like: State) -> State:
+    pick = lambda paths: {path: items["weights"][path] for path in paths}
+    average = items.get("average", {})
+    return State(params=pick(like.params), buffers=pick(like.buffers), ema=average, **items["rest"])
+
+
+def _placed(leaf, place) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            crc = 0
+            with path.open("rb") as file:
+                while block := file.read(1 << 24):
+                    crc = zlib.crc32(block, crc)
+            sums[str(path.relative_to(folder))] = [path.stat().st_size, crc]
+    return sums
+
+
+def _write_json(path: Path, value) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value))
+    temporary.replace(path)

@@ -1,0 +1,1 @@
+"""Layers: attention, transformer blocks, convolutions, embeddings and quantizers."""

@@ -1,0 +1,87 @@
+"""Meshes from config, parameters by rules, activations by one constraint.
+
+Axes: `data` (replicas), `fsdp` (parameters and batch are split), `tensor` (inside a layer).  A batch is split over
+data and fsdp together.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh with axes data, fsdp, tensor; one of them may be -1 and takes the devices that are left.
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh: sizes must be positive and at most one -1, got {sizes}")
+    if free and fixed and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        raise ValueError(f"mesh {sizes} does not cover {len(devices)} devices: the sizes must multiply to {len(devices)}")
+    grid = np.asarray(devices, dtype=object).reshape(tuple(sizes[axis] for axis in AXES))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[tuple[str, Sequence]], min_size: int) -> P:
+    """The PartitionSpec of one parameter: the first rule whose regex fully matches, else the default.
+
+    rules: (regex, entries), entries being one mesh axis (or None) per array axis, right-aligned: a rule written for a
+      [in, out] kernel also serves a stacked [layers, in, out] one.
+    The default splits the largest axis that `fsdp` divides; arrays of fewer than `min_size` values are replicated.
+    Raises ValueError when a rule has more entries than the array has axes, or an axis does not divide.
+    """
+    for pattern, entries in rules:
+        if re.fullmatch(pattern, path):
+            entries = tuple(entries)
+            if len(entries) > len(shape):
+                raise ValueError(f"sharding rule {pattern!r} has {len(entries)} entries, {path} has shape {tuple(shape)}")
+            entries = (None,) * (len(shape) - len(entries)) + entries
+            for size, axis in zip(shape, entries):
+                ways = int(np.prod([mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis or [])]))
+                if size % ways:
+                    raise ValueError(f"sharding rule {pattern!r}: {path} {tuple(shape)} is not divisible by {ways} ({axis})")
+            return P(*entries)
+    ways = mesh.shape["fsdp"]
+    candidates = [i for i, size in enumerate(shape) if size % ways == 0]
+    if ways == 1 or not candidates or int(np.prod(shape)) < min_size:
+        return P()
+    largest = max(candidates, key=lambda i: (shape[i], i))
+    return P(*("fsdp" if i == largest else None for i in range(len(shape))))
+
+
+def param_shardings(flat: Mapping, mesh: Mesh, rules: Sequence = (), min_size: int = 2**14) -> dict[str, NamedSharding]:
+    """{path: NamedSharding} for a flat dict of arrays or shape structs."""
+    return {path: NamedSharding(mesh, spec_for(path, leaf.shape, mesh, rules, min_size)) for path, leaf in flat.items()}
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Axis 0 split over data and fsdp."""
+    return NamedSharding(mesh, BATCH)
+
+
+def constrain(x: jax.Array) -> jax.Array:
+    """Pin the leading (batch) axis of an activation to data and fsdp under the current mesh; identity without one.
+
+    Called at block edges, so that the compiler gathers parameters rather than activations.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or "data" not in mesh.axis_names or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(("data", "fsdp"), *(None,) * (x.ndim - 1)))

@@ -1,0 +1,341 @@
+"""Multi-stage systems: train the stages of a config in order, load what they learned, generate through all of them.
+
+A stage is a task, its data, its training settings, and `init`: where parameters that it does not train come from.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vgen import sharding, trees
+from vgen import state as states
+from vgen.checkpoint import Checkpoints
+from vgen.config import UserError, build, call, diff, to_dict, to_json
+from vgen.log import Log
+from vgen.train import Hook, TrainConfig, fit
+
+RECORDED = ("name", "scale", "seed", "stages", "order", "text")  # a workdir belongs to one value of these
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage.
+
+    task: spec of the Task.  data: arguments of `vgen.data.pipeline.open_pipeline`.  train: arguments of TrainConfig.
+    init: {parameter prefix: {"stage": name, "part": prefix there} or {"file": path}}.
+    evaluate: data arguments that differ on held-out data, and "batches", how many to use ({} = no evaluation).
+    """
+
+    task: dict[str, Any]
+    data: dict[str, Any]
+    train: dict[str, Any]
+    init: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    evaluate: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole config.
+
+    name, scale: of the system.  seed: of everything random.  stages, order: the stages and their training order.
+    text: arguments of `vgen.data.text.open_tokenizer` ({} = the system has no text).  mesh: arguments of make_mesh.
+    generate: {"stages": names in order, "batch_size": images per call, "max_steps": longest sampling grid,
+      "knobs": {stage: {knob: default}}} ({} = the system does not generate).
+    eval: spec of the system's evaluation, built and called as evaluation(generate) -> metrics ({} = none).
+    prompts: what `--mode=train` draws at the end.  published: numbers from the paper; nothing reads them but tests.
+    """
+
+    name: str
+    scale: str
+    seed: int
+    stages: dict[str, Any]
+    order: tuple[str, ...]
+    text: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    generate: dict[str, Any] = dataclasses.field(default_factory=dict)
+    eval: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
+    published: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Run:
+    """A config bound to a workdir and a mesh: builds tasks, opens data, finds weights.
+
+    config: a ConfigDict or dict with the fields of RunConfig.  workdir: the run's folder.
+    """
+
+    def __init__(self, config, workdir: str | Path, devices=None):
+        config = to_dict(config)
+        self.config: RunConfig = call(RunConfig, config, "config")
+        self.recorded = {name: config.get(name) for name in RECORDED}
+        self.workdir = Path(workdir)
+        self.mesh = sharding.make_mesh(**self.config.mesh, devices=devices)
+        self.stages = {name: self._stage_config(name) for name in self.config.order}
+        self._tasks, self._layouts, self._text = {}, {}, None
+
+    def _stage_config(self, name: str) -> StageConfig:
+        if name not in self.config.stages:
+            raise UserError(f"config.order names stage {name!r}; config.stages has {sorted(self.config.stages)}")
+        return call(StageConfig, self.config.stages[name], f"config.stages.{name}")
+
+    def stage(self, name: str) -> StageConfig:
+        if name not in self.stages:
+            raise UserError(f"there is no stage {name!r}; {self.config.name} has {', '.join(self.stages)}")
+        return self.stages[name]
+
+    def folder(self, name: str) -> Path:
+        return self.workdir / name
+
+    def train_config(self, name: str) -> TrainConfig:
+        return call(TrainConfig, self.stage(name).train, f"config.stages.{name}.train")
+
+    def task(self, name: str):
+        if name not in self._tasks:
+            self._tasks[name] = build(self.stage(name).task, f"config.stages.{name}.task")
+        return self._tasks[name]
+
+    def claim(self) -> None:
+        """Make the workdir and record the config; UserError with a diff when it belongs to another config."""
+        path = self.workdir / "config.json"
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                temporary = path.with_name("config.json.tmp")
+                temporary.write_text(to_json(self.recorded))
+                temporary.replace(path)
+        except OSError as error:
+            raise UserError(f"cannot write to the workdir {self.workdir}: {error.strerror or error}") from None
+        self._check_recorded(path)
+
+    def check(self) -> None:
+        """UserError unless the workdir was made by this config."""
+        path = self.workdir / "config.json"
+        if not path.exists():
+            raise UserError(f"{self.workdir} holds no run: train first with --mode=train --workdir={self.workdir}")
+        self._check_recorded(path)
+
+    def _check_recorded(self, path: Path) -> None:
+        try:
+            old = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path} ({error}): use a new --workdir") from None
+        lines = diff(old, json.loads(to_json(self.recorded)))
+        if lines:
+            more = f"\n  (and {len(lines) - 12} more)" if len(lines) > 12 else ""
+            raise UserError(
+                f"{self.workdir} was made by another config; use another --workdir, or undo:\n  "
+                + "\n  ".join(lines[:12]) + more
+            )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------------- data
+
+    def text_tokenizer(self):
+        """The text tokenizer, trained on the corpus once if the config says so; None for systems without text."""
+        if self._text is None and self.config.text:
+            from vgen.data.pipeline import open_captions
+            from vgen.data.text import open_tokenizer
+
+            stage = self.stages[next(name for name in self.config.order if self.stages[name].data.get("text", True))]
+            corpus = lambda: open_captions(stage.data)
+            self._text = open_tokenizer(**self.config.text, corpus=corpus, cache=self.workdir / "tokenizer.json")
+        return self._text
+
+    def batches(self, name: str, *, held_out: bool = False):
+        """An endless iterator over device batches of a stage (held_out: one pass over its evaluation data)."""
+        from vgen.data.pipeline import open_pipeline
+
+        stage, train = self.stage(name), self.train_config(name)
+        arguments = dict(stage.data)
+        if held_out:
+            arguments |= {key: value for key, value in stage.evaluate.items() if key != "batches"}
+        text = self.text_tokenizer() if arguments.pop("text", True) else None
+        return call(
+            open_pipeline,
+            arguments | dict(
+                batch_size=train.batch_size, seed=self.config.seed, tokenizer=text, cache_dir=self.workdir / "cache",
+                sharding=sharding.batch_sharding(self.mesh), train=not held_out,
+            ),
+            f"config.stages.{name}.data",
+        )  # fmt: skip
+
+    def layout(self, name: str) -> states.Layout:
+        if name not in self._layouts:
+            with self.batches(name, held_out=bool(self.stage(name).evaluate)) as batches:
+                batch = next(iter(batches))
+            self._layouts[name] = states.Layout(self.task(name), batch, self.train_config(name).groups)
+        return self._layouts[name]
+
+    # ---------------------------------------------------------------------------------------------------- weights
+
+    def given(self, name: str) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """({path: array}, where it is from): the parameters that a stage's `init` brings in."""
+        shapes, values, origin = self.layout(name).shapes, {}, {}
+        for prefix, source in self.stage(name).init.items():
+            wanted = trees.subtree(shapes, prefix)
+            if not wanted:
+                raise UserError(f"config.stages.{name}.init: {prefix!r} matches no parameter of the task")
+            flat, origin[prefix] = self._source(name, prefix, dict(source))
+            trees.check_same(flat, wanted, f"stage {name}: init of {prefix!r} from {origin[prefix]}")
+            values |= trees.add_prefix(flat, prefix)
+        return values, origin
+
+    def _source(self, name: str, prefix: str, source: dict[str, Any]):
+        where = f"config.stages.{name}.init.{prefix}"
+        if "file" in source:
+            from vgen.data.weights import read_weights
+
+            return read_weights(source["file"]), source
+        if "stage" not in source:
+            raise UserError(f"{where}: needs 'stage' or 'file', got {sorted(source)}")
+        flat, step = self.weights(source["stage"])
+        return trees.subtree(flat, source.get("part", "")), source | {"step": step}
+
+    def weights(self, name: str) -> tuple[dict[str, jax.Array], int]:
+        """All parameters of a trained stage (its own, averaged, and the frozen ones it used) and their step."""
+        layout, config = self.layout(name), self.train_config(name)
+        places = sharding.param_shardings(layout.shapes, self.mesh, config.rules, config.min_shard_size)
+        folder = self.folder(name)
+        found = None
+        if (folder / "checkpoints").is_dir():
+            checkpoints = Checkpoints(folder, keep=config.keep, keep_every=config.keep_every, warn=warn)
+            found = checkpoints.weights(lambda path, _: places[path])
+            checkpoints.close()
+        if found is None:
+            raise UserError(f"stage {name!r} has no checkpoint in {folder}: train it with --mode=train --stage={name}")
+        trained, step = found
+        frozen = {}
+        if layout.frozen:
+            given, _ = self.given(name)
+            frozen = {path: given[path] for path in layout.frozen}
+        return {**frozen, **trained}, step
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def train_stage(self, name: str, should_stop=lambda: False) -> states.State:
+        """Train one stage to its last step (continuing where it was) and return its state."""
+        config, task = self.train_config(name), self.task(name)
+        layout = self.layout(name)
+        given, origin = self.given(name)
+        quiet = jax.process_index() > 0
+        log = Log(self.folder(name), name, quiet)
+        checkpoints = Checkpoints(
+            self.folder(name), keep=config.keep, keep_every=config.keep_every, meta={"frozen": origin}, warn=warn
+        )
+        key = jax.random.fold_in(jax.random.key(self.config.seed), self.config.order.index(name))
+        with self.batches(name) as batches:
+            try:
+                return fit(
+                    task, config, batches, layout=layout, mesh=self.mesh, key=key, given=given,
+                    checkpoints=checkpoints, log=log, should_stop=should_stop, hooks=self._hooks(name, config, given, log),
+                )  # fmt: skip
+            finally:
+                log.finish()
+                checkpoints.close()
+
+    def _hooks(self, name: str, config: TrainConfig, given, log: Log) -> list[Hook]:
+        task, layout, evaluate = self.task(name), self.layout(name), self.stage(name).evaluate
+        frozen = {path: given[path] for path in layout.frozen}
+        tree = lambda state: trees.unflatten({**frozen, **state.averaged()})
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 2**31 - 1)
+        hooks = []
+        if hasattr(task, "show") and evaluate:
+
+            def show(step, state):
+                with self.batches(name, held_out=True) as batches:
+                    for title, picture in task.show(tree(state), next(iter(batches)), key).items():
+                        log.picture(step, title, picture)
+
+            hooks.append(Hook(config.sample_every, show, last=True))
+        if evaluate:
+
+            def measure(step, state):
+                with self.batches(name, held_out=True) as batches:
+                    some = (batch for _, batch in zip(range(evaluate.get("batches", 8)), batches))
+                    metrics = task.evaluate(tree(state), some, key)
+                log.scalars(step, {f"eval/{metric}": value for metric, value in metrics.items()})
+                if step == config.steps:
+                    text = json.dumps({"step": step, **{k: float(v) for k, v in metrics.items()}}, indent=1)
+                    (self.folder(name) / "eval.json").write_text(text)
+
+            hooks.append(Hook(config.eval_every, measure, last=True))
+        return hooks
+
+
+def warn(sentence: str) -> None:
+    """One line on stderr."""
+    import sys
+
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------- generation
+
+
+class System:
+    """The generating stages of a trained run, compiled once: prompt, seed, guidance and steps are traced.
+
+    Results depend on (seed, place of the prompt in the list, generate.batch_size), not on devices.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.settings = run, run.config.generate
+        if not self.settings:
+            raise UserError(f"{run.config.name} does not generate pictures: its config has no `generate`")
+        self.names = list(self.settings["stages"])
+        self.batch_size = int(self.settings.get("batch_size", 16))
+        self.params = {name: trees.unflatten(run.weights(name)[0]) for name in self.names}
+        self._functions = {name: jax.jit(run.task(name).sample) for name in self.names}
+        self.text = run.text_tokenizer()
+
+    def knobs(self, name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """A stage's sampling settings with the given ones (None = unset) on top; unknown ones are ignored there."""
+        known = dict(self.settings.get("knobs", {}).get(name, {}))
+        known |= {key: value for key, value in overrides.items() if key in known and value is not None}
+        return {key: jnp.asarray(value, jnp.int32 if isinstance(value, int) else jnp.float32) for key, value in known.items()}
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        negative: str = "",
+        image: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        stages: Sequence[str] | None = None,
+        **overrides,
+    ) -> dict[str, np.ndarray]:
+        """{stage: uint8 images [n, h, w, 3]}, one image per prompt, for every generating stage.
+
+        image: uint8 [h, w, 3] to edit; mask: bool [h, w], True where it is to be made anew (None with an image: edit
+        without a mask).  stages: only the first few.  overrides: guidance_scale, steps, ... (`generate.knobs`);
+        steps may be one number for the first stage or {stage: number}.
+        """
+        results = {name: [] for name in (stages or self.names)}
+        encode = lambda texts: tuple(jnp.asarray(x) for x in self.text(list(texts)))
+        with jax.set_mesh(self.run.mesh):
+            for start in range(0, len(prompts), self.batch_size):
+                chunk = list(prompts[start : start + self.batch_size])
+                padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
+                conds: dict[str, Any] = {}
+                conds["text"], conds["text_mask"] = encode(padded)
+                if negative:
+                    conds["negative"], conds["negative_mask"] = encode([negative] * self.batch_size)
+                if image is not None:
+                    conds["image"] = jnp.asarray(np.broadcast_to(image, (self.batch_size, *image.shape)))
+                if mask is not None:
+                    conds["mask"] = jnp.asarray(np.broadcast_to(mask, (self.batch_size, *mask.shape)))
+                key = jax.random.fold_in(jax.random.key(seed), start // self.batch_size)
+                for i, name in enumerate(results):
+                    chosen = dict(overrides)
+                    steps = chosen.pop("steps", None)
+                    chosen["steps"] = steps.get(name) if isinstance(steps, Mapping) else (steps if i == 0 else None)
+                    knobs = self.knobs(name, chosen)
+                    conds |= self._functions[name](self.params[name], jax.random.fold_in(key, i), conds, **knobs)
+                    results[name].append(np.asarray(conds["image_out"])[: len(chunk)])
+        return {name: np.concatenate(images) for name, images in results.items()}

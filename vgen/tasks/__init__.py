@@ -1,0 +1,1 @@
+"""Objectives: networks plus losses, handed to the one training loop."""

@@ -1,0 +1,1 @@
+"""Discrete tokens: mask schedules and token samplers for the one sampling loop."""
