@@ -72,7 +72,8 @@ def call(function, kwargs: dict[str, Any], where: str, name: str | None = None):
     parameters = inspect.signature(function).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     accepted = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    accepted = [key for key in accepted if key not in ("self", "parent", "name")]  # linen adds parent and name
+    if inspect.isclass(function) and hasattr(function, "apply") and hasattr(function, "init"):
+        accepted = [key for key in accepted if key not in ("parent", "name")]  # linen's own fields
     hints = _hints(function)
     checked = {}
     for key, value in kwargs.items():

@@ -44,7 +44,9 @@ class Log:
         if self.bar.disable and (time.monotonic() - self._last_line > 10 or step == self.steps):
             self._last_line = time.monotonic()
             left = (self._last_line - self._begun) / max(step - self._first, 1) * (self.steps - step)
-            print(f"{self.title}: step {step}/{self.steps}, {_clock(left)} left{self._note}", file=sys.stderr, flush=True)
+            print(
+                f"{self.title}: step {step}/{self.steps}, {_clock(left)} left{self._note}", file=sys.stderr, flush=True
+            )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Append one JSON line {"step": ..., name: value}; non-finite values become null."""

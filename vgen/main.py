@@ -30,8 +30,12 @@ flags.DEFINE_integer("steps", None, "sampling steps of the first stage", lower_b
 flags.DEFINE_integer("num_images", 1, "pictures per prompt", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("out", None, "folder for the pictures (default: WORKDIR/samples)", flag_values=FLAGS)
 flags.DEFINE_string("image", None, "a picture to edit", flag_values=FLAGS)
-flags.DEFINE_string("mask", None, "white where --image is to be made anew; without it: edit by text alone", flag_values=FLAGS)
-flags.DEFINE_string("compilation_cache", "~/.cache/vgen/xla", "folder of compiled programs; '' = off", flag_values=FLAGS)
+flags.DEFINE_string(
+    "mask", None, "white where --image is to be made anew; without it: edit by text alone", flag_values=FLAGS
+)
+flags.DEFINE_string(
+    "compilation_cache", "~/.cache/vgen/xla", "folder of compiled programs; '' = off", flag_values=FLAGS
+)
 
 
 def main(argv=None) -> int:
@@ -116,7 +120,9 @@ def _sample(run) -> int:
             raise UserError(f"cannot read --prompts={FLAGS.prompts}: {error}") from None
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError("--mode=sample needs --prompt='...' (may be repeated) or --prompts=FILE with one prompt per line")
+        raise UserError(
+            "--mode=sample needs --prompt='...' (may be repeated) or --prompts=FILE with one prompt per line"
+        )
     if FLAGS.mask is not None and FLAGS.image is None:
         raise UserError("--mask needs --image, the picture to edit")
     if FLAGS.stage is not None and FLAGS.stage not in (names := list(run.config.generate.get("stages", ()))):
@@ -127,7 +133,9 @@ def _sample(run) -> int:
     if FLAGS.mask is not None:
         edit["mask"] = np.asarray(images.load(FLAGS.mask)).mean(-1) > 127
         if edit["mask"].shape != edit["image"].shape[:2]:
-            raise UserError(f"--mask is {edit['mask'].shape[::-1]}, --image is {edit['image'].shape[1::-1]} (width, height)")
+            raise UserError(
+                f"--mask is {edit['mask'].shape[::-1]}, --image is {edit['image'].shape[1::-1]} (width, height)"
+            )
         if not edit["mask"].any():
             raise UserError("--mask has no white pixel: nothing would be made anew")
     _draw(run, System(run), prompts, Path(FLAGS.out or run.workdir / "samples"), **edit)

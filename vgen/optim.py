@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -84,7 +83,3 @@ def _scale_by_path(lr_scale) -> optax.GradientTransformation:
 
     return optax.stateless(lambda updates, _: {path: factor(path) * update for path, update in updates.items()})
 
-
-def all_finite(tree) -> jax.Array:
-    """Whether every value of every leaf is finite (one bool scalar)."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -29,7 +30,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     if free and fixed and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     if int(np.prod(list(sizes.values()))) != len(devices):
-        raise ValueError(f"mesh {sizes} does not cover {len(devices)} devices: the sizes must multiply to {len(devices)}")
+        raise ValueError(
+            f"mesh {sizes} does not cover {len(devices)} devices: the sizes must multiply to {len(devices)}"
+        )
     grid = np.asarray(devices, dtype=object).reshape(tuple(sizes[axis] for axis in AXES))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -46,12 +49,16 @@ def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[tuple[
         if re.fullmatch(pattern, path):
             entries = tuple(entries)
             if len(entries) > len(shape):
-                raise ValueError(f"sharding rule {pattern!r} has {len(entries)} entries, {path} has shape {tuple(shape)}")
+                raise ValueError(
+                    f"sharding rule {pattern!r} has {len(entries)} entries, {path} has shape {tuple(shape)}"
+                )
             entries = (None,) * (len(shape) - len(entries)) + entries
             for size, axis in zip(shape, entries):
                 ways = int(np.prod([mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis or [])]))
                 if size % ways:
-                    raise ValueError(f"sharding rule {pattern!r}: {path} {tuple(shape)} is not divisible by {ways} ({axis})")
+                    raise ValueError(
+                        f"sharding rule {pattern!r}: {path} {tuple(shape)} is not divisible by {ways} ({axis})"
+                    )
             return P(*entries)
     ways = mesh.shape["fsdp"]
     candidates = [i for i, size in enumerate(shape) if size % ways == 0]

@@ -5,6 +5,7 @@ A stage is a task, its data, its training settings, and `init`: where parameters
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from vgen import sharding, trees
 from vgen import state as states
 from vgen.checkpoint import Checkpoints
-from vgen.config import UserError, build, call, diff, to_dict, to_json
+from vgen.config import UserError, build, call, diff, resolve, to_dict, to_json
 from vgen.log import Log
 from vgen.train import Hook, TrainConfig, fit
 
@@ -27,8 +28,9 @@ RECORDED = ("name", "scale", "seed", "stages", "order", "text")  # a workdir bel
 class StageConfig:
     """One stage.
 
-    task: spec of the Task.  data: arguments of `vgen.data.pipeline.open_pipeline`.  train: arguments of TrainConfig.
-    init: {parameter prefix: {"stage": name, "part": prefix there} or {"file": path}}.
+    task: spec of the Task.  data: arguments of `vgen.data.open.open_pipeline`.  train: arguments of TrainConfig.
+    init: {parameter prefix: {"stage": name, "part": prefix there, "without": regex of parts left out}, or {"file": path, "reader": "module:function"}}; the
+      reader returns parameters as they are named here (`vgen.weights.read_weights` if none is named).
     evaluate: data arguments that differ on held-out data, and "batches", how many to use ({} = no evaluation).
     """
 
@@ -40,13 +42,25 @@ class StageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """How a system generates.
+
+    stages: names of the generating stages, in order; each gets what the ones before it returned.
+    batch_size: pictures per call of a stage.  knobs: {stage: {knob of the task's `sample`: default}}.
+    """
+
+    stages: tuple[str, ...]
+    batch_size: int = 16
+    knobs: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """A whole config.
 
     name, scale: of the system.  seed: of everything random.  stages, order: the stages and their training order.
     text: arguments of `vgen.data.text.open_tokenizer` ({} = the system has no text).  mesh: arguments of make_mesh.
-    generate: {"stages": names in order, "batch_size": images per call, "max_steps": longest sampling grid,
-      "knobs": {stage: {knob: default}}} ({} = the system does not generate).
+    generate: arguments of GenerateConfig ({} = the system does not generate).
     eval: spec of the system's evaluation, built and called as evaluation(generate) -> metrics ({} = none).
     prompts: what `--mode=train` draws at the end.  published: numbers from the paper; nothing reads them but tests.
     """
@@ -138,17 +152,17 @@ class Run:
     def text_tokenizer(self):
         """The text tokenizer, trained on the corpus once if the config says so; None for systems without text."""
         if self._text is None and self.config.text:
-            from vgen.data.pipeline import open_captions
+            from vgen.data.open import open_captions
             from vgen.data.text import open_tokenizer
 
             stage = self.stages[next(name for name in self.config.order if self.stages[name].data.get("text", True))]
-            corpus = lambda: open_captions(stage.data)
+            corpus = lambda: open_captions(**stage.data)
             self._text = open_tokenizer(**self.config.text, corpus=corpus, cache=self.workdir / "tokenizer.json")
         return self._text
 
     def batches(self, name: str, *, held_out: bool = False):
         """An endless iterator over device batches of a stage (held_out: one pass over its evaluation data)."""
-        from vgen.data.pipeline import open_pipeline
+        from vgen.data.open import open_pipeline
 
         stage, train = self.stage(name), self.train_config(name)
         arguments = dict(stage.data)
@@ -188,12 +202,15 @@ class Run:
     def _source(self, name: str, prefix: str, source: dict[str, Any]):
         where = f"config.stages.{name}.init.{prefix}"
         if "file" in source:
-            from vgen.data.weights import read_weights
-
-            return read_weights(source["file"]), source
+            read = resolve(source.get("reader", "vgen.weights:read_weights"))
+            if not source["file"]:
+                raise UserError(f"{where}.file is empty: name the weight file, e.g. --{where}.file=PATH")
+            return trees.flatten(read(source["file"])), source
         if "stage" not in source:
             raise UserError(f"{where}: needs 'stage' or 'file', got {sorted(source)}")
         flat, step = self.weights(source["stage"])
+        if source.get("without"):
+            flat = {path: leaf for path, leaf in flat.items() if not re.match(rf"({source['without']})/", path)}
         return trees.subtree(flat, source.get("part", "")), source | {"step": step}
 
     def weights(self, name: str) -> tuple[dict[str, jax.Array], int]:
@@ -284,20 +301,23 @@ class System:
     """
 
     def __init__(self, run: Run):
-        self.run, self.settings = run, run.config.generate
-        if not self.settings:
+        self.run = run
+        if not run.config.generate:
             raise UserError(f"{run.config.name} does not generate pictures: its config has no `generate`")
-        self.names = list(self.settings["stages"])
-        self.batch_size = int(self.settings.get("batch_size", 16))
+        self.settings = call(GenerateConfig, run.config.generate, "config.generate")
+        self.names, self.batch_size = list(self.settings.stages), self.settings.batch_size
         self.params = {name: trees.unflatten(run.weights(name)[0]) for name in self.names}
         self._functions = {name: jax.jit(run.task(name).sample) for name in self.names}
         self.text = run.text_tokenizer()
 
     def knobs(self, name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """A stage's sampling settings with the given ones (None = unset) on top; unknown ones are ignored there."""
-        known = dict(self.settings.get("knobs", {}).get(name, {}))
+        known = dict(self.settings.knobs.get(name, {}))
         known |= {key: value for key, value in overrides.items() if key in known and value is not None}
-        return {key: jnp.asarray(value, jnp.int32 if isinstance(value, int) else jnp.float32) for key, value in known.items()}
+        return {
+            key: jnp.asarray(value, jnp.int32 if isinstance(value, int) else jnp.float32)
+            for key, value in known.items()
+        }
 
     def __call__(
         self,

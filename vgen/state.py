@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 from jax import Array
 from jax.sharding import Mesh
@@ -70,7 +69,9 @@ def create(make, shardings: State, key: Array, given: Mapping[str, Array] | None
     places = {**shardings.params, **shardings.buffers}
     warm = {path: value for path, value in (given or {}).items() if path in places}
     warm = jax.device_put(warm, {path: places[path] for path in warm})
-    return jax.jit(make, out_shardings=shardings)(key, warm)
+    # Runs once: on a CPU, unoptimised code is ready several times sooner.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(make, out_shardings=shardings, compiler_options=options)(key, warm)
 
 
 def plan(layout: Layout, optimizers, mesh: Mesh, *, ema: bool, rules=(), min_shard_size: int = 2**14):

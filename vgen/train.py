@@ -115,7 +115,7 @@ def make_step(
     def step(state: states.State, frozen, batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         (value, (metrics, updates)), grads = gradients(state, frozen, batch, key)
-        good = jnp.isfinite(value) & optim.all_finite(grads)
+        good = jnp.isfinite(value) & jnp.isfinite(optax.global_norm(grads))
         params, opt = dict(state.params), {}
         for name, paths in groups.items():
             mine = {path: state.params[path] for path in paths}
@@ -147,8 +147,10 @@ def _averaged(ema, values, decay, step):
         return {}
     rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     blend = lambda old, new: (old + (1 - rate) * (new - old)).astype(old.dtype)
-    return {path: blend(old, values[path]) if jnp.issubdtype(old.dtype, jnp.floating) else values[path]
-            for path, old in ema.items()}
+    return {
+        path: blend(old, values[path]) if jnp.issubdtype(old.dtype, jnp.floating) else values[path]
+        for path, old in ema.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,9 +200,7 @@ def fit(
             state, position = restored
             if position is not None and hasattr(batches, "set_state"):
                 batches.set_state(position)
-        pure = make_step(
-            task, layout.groups, optimizers, ema_decay=config.ema_decay, accumulate=config.accumulate
-        )
+        pure = make_step(task, layout.groups, optimizers, ema_decay=config.ema_decay, accumulate=config.accumulate)
         train_step = jax.jit(
             pure, donate_argnums=0, in_shardings=None, out_shardings=(shardings, sharding.replicated(mesh))
         )

@@ -41,7 +41,9 @@ def group_paths(paths, groups: Mapping[str, str]) -> dict[str, list[str]]:
                 break
     for name, members in found.items():
         if not members:
-            raise ValueError(f"group {name!r} ({groups[name]!r}) matches no parameter; there are e.g. {list(paths)[:5]}")
+            raise ValueError(
+                f"group {name!r} ({groups[name]!r}) matches no parameter; there are e.g. {list(paths)[:5]}"
+            )
     return found
 
 

@@ -1,0 +1,177 @@
+"""Convolutional building blocks: GroupNorm, residual blocks, resampling and spatial self-attention.
+
+One parametrised block serves the family that descends from the DDPM U-Net: the taming VQGAN (biased convolutions,
+strided downsampling, attention) and the MaskGIT/Muse tokenizer (bias-free, average pooling). Activations are swish,
+images and feature maps NHWC.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vgen.layers.attention import attention
+
+
+def group_norm(
+    x: Float[Array, "b h w c"],
+    scale: Float[Array, "c"],
+    bias: Float[Array, "c"],
+    *,
+    groups: int,
+    eps: float,
+) -> Float[Array, "b h w c"]:
+    """Group normalisation (Wu & He 2018, eq. 7) over space and channels of a group, in float32 or wider.
+
+    The variance is that within channels plus that between them, both centred first: no difference of large numbers,
+    and spatial reductions keep the channels contiguous, which is several times faster on a CPU than a grouped layout.
+
+    Returns the normalised map in the computing precision (float32, or x's if that is wider).
+    """
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    b, c = x.shape[0], x.shape[-1]
+    mean = x.mean((1, 2), keepdims=True)  # [b, 1, 1, c]
+    within = jnp.square(x - mean).mean((1, 2)).reshape(b, groups, c // groups).mean(-1, keepdims=True)
+    mean = mean.reshape(b, groups, c // groups)
+    group_mean = mean.mean(-1, keepdims=True)
+    var = within + jnp.square(mean - group_mean).mean(-1, keepdims=True)  # [b, g, 1]
+
+    def per_channel(t):
+        return jnp.repeat(t[..., 0], c // groups, axis=1)[:, None, None, :]  # [b, 1, 1, c]
+
+    gain = per_channel(jax.lax.rsqrt(var + eps)) * scale
+    return x * gain + (bias - per_channel(group_mean) * gain)
+
+
+class GroupNorm(nn.Module):
+    """`group_norm` with a learned scale and bias; parameters `scale` [c] and `bias` [c].
+
+    groups: how many groups the channels fall into (32 in every published model here).
+    Raises ValueError if the channels do not divide into them.
+    """
+
+    groups: int = 32
+    eps: float = 1e-6
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        c = x.shape[-1]
+        if c % self.groups:
+            raise ValueError(
+                f"GroupNorm {self.name!r}: {c} channels do not divide into {self.groups} groups; "
+                "choose channels as a multiple of `groups`, or fewer groups"
+            )
+        scale = self.param("scale", nn.initializers.ones_init(), (c,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (c,))
+        y = group_norm(x, scale, bias, groups=self.groups, eps=self.eps)
+        return y.astype(jnp.promote_types(x.dtype, scale.dtype) if self.dtype is None else self.dtype)
+
+
+class ResBlock(nn.Module):
+    """Pre-activation residual block: (GroupNorm, swish, 3x3 convolution) twice, plus a shortcut.
+
+    channels: output channels. bias: whether the convolutions have one.
+    shortcut: where the 1x1 projection reads when the channel count changes. "input": the block's input (DDPM, taming).
+      "branch": the output of the second convolution, so that the input is dropped (MaskGIT).
+
+    Parameters: norm1, conv1, norm2, conv2 and, when the channel count changes, shortcut.
+    """
+
+    channels: int
+    bias: bool = True
+    shortcut: str = "input"
+    groups: int = 32
+    eps: float = 1e-6
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w _"]) -> Float[Array, "b h w c"]:
+        def conv(name, size):
+            return nn.Conv(self.channels, (size, size), use_bias=self.bias, dtype=self.dtype, name=name)
+
+        h = nn.swish(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
+        h = conv("conv1", 3)(h)
+        h = nn.swish(GroupNorm(self.groups, self.eps, self.dtype, name="norm2")(h))
+        h = conv("conv2", 3)(h)
+        if x.shape[-1] == self.channels:
+            return x + h
+        if self.shortcut == "input":
+            return conv("shortcut", 1)(x) + h
+        if self.shortcut == "branch":
+            # QUIRK: MaskGIT's ResBlock projects the branch instead of the input (google-research/maskgit,
+            # nets/vqgan_tokenizer.py), so its 1x1 kernel is [1, 1, channels, channels]. Tested in vqgan_test.py.
+            return conv("shortcut", 1)(h) + h
+        raise ValueError(f"ResBlock shortcut: got {self.shortcut!r}, accepted: 'input', 'branch'")
+
+
+class Downsample(nn.Module):
+    """Halves height and width.
+
+    kind: "pad" pads one row and column at the bottom and right, then a 3x3 convolution of stride 2 (taming);
+      "average" is a 2x2 mean with no parameters (MaskGIT, Muse); "stride" a 4x4 convolution of stride 2, padding 1
+      (MaskGIT's `conv_downsample`).
+
+    Parameters: conv (none for "average"). Raises ValueError on any other kind.
+    """
+
+    kind: str = "pad"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        c = x.shape[-1]
+        if self.kind == "pad":
+            # QUIRK: asymmetric padding (CompVis/taming-transformers, modules/diffusionmodules/model.py).
+            return nn.Conv(c, (3, 3), 2, padding=((0, 1), (0, 1)), dtype=self.dtype, name="conv")(x)
+        if self.kind == "average":
+            b, h, w, _ = x.shape
+            return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+        if self.kind == "stride":
+            return nn.Conv(c, (4, 4), 2, padding=1, dtype=self.dtype, name="conv")(x)
+        raise ValueError(f"Downsample kind: got {self.kind!r}, accepted: 'pad', 'average', 'stride'")
+
+
+def nearest_upsample(x: Float[Array, "b h w c"], factor: int = 2) -> Float[Array, "b h2 w2 c"]:
+    """Repeats every pixel `factor` times along height and width."""
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, factor, w, factor, c))
+    return x.reshape(b, h * factor, w * factor, c)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width: nearest neighbour, then a biased 3x3 convolution; parameters: conv."""
+
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        return nn.Conv(x.shape[-1], (3, 3), dtype=self.dtype, name="conv")(nearest_upsample(x))
+
+
+class SpatialAttention(nn.Module):
+    """Residual self-attention over the positions of a feature map, after GroupNorm (taming's AttnBlock).
+
+    heads: 1 in the published tokenizers. Parameters: norm, q, k, v, out (dense [c, c] with bias).
+    Raises ValueError if the channels do not divide into the heads.
+    """
+
+    heads: int = 1
+    groups: int = 32
+    eps: float = 1e-6
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, height, width, c = x.shape
+        if c % self.heads:
+            raise ValueError(f"SpatialAttention {self.name!r}: {c} channels do not divide into {self.heads} heads")
+        h = GroupNorm(self.groups, self.eps, self.dtype, name="norm")(x).reshape(b, height * width, c)
+        q, k, v = (
+            nn.Dense(c, dtype=self.dtype, name=name)(h).reshape(b, height * width, self.heads, c // self.heads)
+            for name in ("q", "k", "v")
+        )  # [b, n, heads, head_dim]
+        h = attention(q, k, v).reshape(b, height, width, c)
+        return x + nn.Dense(c, dtype=self.dtype, name="out")(h)

@@ -1,0 +1,201 @@
+"""Muse's two networks: masked image tokens, given text (Chang et al. 2023, arXiv:2301.00704).
+
+No code or weights were published, and the paper leaves out heads, biases, activations and the shape of the 632M model.
+Chosen here: heads of 64, projections without biases, tanh gelu, 24 layers of 1280 (629M in the layers).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vgen.layers.embed import Positions2D
+from vgen.layers.transformer import Block, activation, norm_layer, stack
+
+BASE_3B = dict(vocab=8192, grid=(16, 16), depth=48, width=2048, heads=32, mlp_dim=8192)  # published
+BASE_632M = dict(vocab=8192, grid=(16, 16), depth=24, width=1280, heads=20, mlp_dim=5120)  # a guess, see above
+SUPER_RES = dict(
+    vocab=8192,
+    grid=(64, 64),
+    low_vocab=8192,
+    low_grid=(16, 16),
+    depth=32,
+    low_depth=16,
+    width=1024,
+    heads=16,
+    mlp_dim=4096,
+    block=8,
+)  # published, but for block and heads
+
+
+class _Tokens(nn.Module):
+    """Token ids 0..vocab (the last is the mask) -> embeddings with learned 2-D positions."""
+
+    vocab: int
+    grid: tuple[int, int]
+    width: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(
+            self.vocab + 1, self.width, dtype=self.dtype, name="embed", embedding_init=nn.initializers.normal(0.02)
+        )(tokens)
+        return Positions2D(self.grid, dtype=self.dtype, name="positions")(x)
+
+
+class _Head(nn.Module):
+    """The output MLP: norm, dense, gelu, dense -> float32 logits over the codebook ("an MLP", section 2.3)."""
+
+    vocab: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        x = norm_layer("layer", 1e-6, "norm", dtype=self.dtype)(x)
+        x = activation("gelu_tanh")(nn.Dense(x.shape[-1], dtype=self.dtype, name="fc")(x))
+        logits = nn.Dense(self.vocab, dtype=self.dtype, name="logits")(x)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+class BaseTransformer(nn.Module):
+    """Masked tokens and text -> logits of every token (section 2.3).
+
+    vocab: codebook size; the mask's id is `vocab`.  grid: (rows, columns) of tokens.
+    remat, unroll, constrain: see `vgen.layers.transformer.stack`.
+    Parameters: image {embed, positions}, text (projection to the width), layers [depth, ...], head {norm, fc, logits}.
+    """
+
+    vocab: int
+    grid: tuple[int, int]
+    depth: int
+    width: int
+    heads: int
+    mlp_dim: int
+    act: str = "gelu_tanh"
+    bias: bool = False
+    dropout: float = 0.0
+    remat: str = "none"
+    unroll: int = 1
+    constrain: Any = None
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "b n"],
+        text: Float[Array, "b l d"],
+        text_mask: Bool[Array, "b l"] | None = None,
+        keep_text: Bool[Array, "b"] | None = None,
+        *,
+        train: bool = False,
+        control=None,
+        step=None,
+    ) -> Float[Array, "b n vocab"]:
+        """tokens: int32 in [0, vocab], row-major.  text: states of a text encoder.  text_mask: False for padding.
+
+        keep_text: False where a sample's text is dropped: there the cross-attention looks at the image's own tokens,
+        with the same weights, so one batched call serves conditional and unconditional samples.  None keeps all.
+        """
+        x = _Tokens(self.vocab, self.grid, self.width, self.dtype, name="image")(tokens)
+        text = nn.Dense(self.width, use_bias=self.bias, dtype=self.dtype, name="text")(text)
+        block = Block(
+            self.heads,
+            self.mlp_dim,
+            cross=True,
+            act=self.act,
+            bias=self.bias,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            name="layers",
+        )
+        x = stack(
+            block,
+            x,
+            depth=self.depth,
+            remat=self.remat,
+            unroll=self.unroll,
+            constrain=self.constrain,
+            context=text,
+            context_mask=text_mask,
+            keep_context=keep_text,
+            train=train,
+            control=control,
+            step=step,
+        )
+        return _Head(self.vocab, self.dtype, name="head")(x)
+
+
+class SuperResTransformer(nn.Module):
+    """Masked high-resolution tokens, given low-resolution tokens and text -> logits of every token (section 2.4).
+
+    The low-resolution tokens pass through self-attention layers of their own and are joined with the projected text;
+    the high-resolution tokens attend to both.
+    vocab, grid: of the high resolution; low_vocab, low_grid: of the low one; mask ids as in BaseTransformer.
+    block: side of the blocks of multi-axis self-attention (`vgen.layers.attention.multi_axis`, heads split between
+    local and dilated; the paper says "multi-axis" and no more), or None for full self-attention, for small grids.
+    Parameters: low {embed, positions}, low_layers [low_depth, ...], low_norm, image, text, layers [depth, ...], head.
+    """
+
+    vocab: int
+    grid: tuple[int, int]
+    low_vocab: int
+    low_grid: tuple[int, int]
+    depth: int
+    low_depth: int
+    width: int
+    heads: int
+    mlp_dim: int
+    block: int | None = None
+    act: str = "gelu_tanh"
+    bias: bool = False
+    dropout: float = 0.0
+    remat: str = "none"
+    unroll: int = 1
+    constrain: Any = None
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Int[Array, "b n"],
+        low: Int[Array, "b m"],
+        text: Float[Array, "b l d"],
+        text_mask: Bool[Array, "b l"] | None = None,
+        keep_text: Bool[Array, "b"] | None = None,
+        *,
+        train: bool = False,
+        control=None,
+        step=None,
+    ) -> Float[Array, "b n vocab"]:
+        """tokens: int32 in [0, vocab]; low: int32 in [0, low_vocab]; text, text_mask: as in BaseTransformer.
+
+        keep_text: False where a sample's text is dropped.  It still sees the low-resolution tokens: the paper is silent
+        here, and guidance is then along the text alone.
+        """
+        args = dict(act=self.act, bias=self.bias, dropout=self.dropout, dtype=self.dtype)
+        run = dict(remat=self.remat, unroll=self.unroll, constrain=self.constrain)
+        run |= dict(train=train, control=control, step=step)
+        low = _Tokens(self.low_vocab, self.low_grid, self.width, self.dtype, name="low")(low)
+        low = stack(Block(self.heads, self.mlp_dim, name="low_layers", **args), low, depth=self.low_depth, **run)
+        low = norm_layer("layer", 1e-6, "low_norm", dtype=self.dtype)(low)
+
+        text_mask = jnp.ones(text.shape[:2], bool) if text_mask is None else text_mask
+        text_mask = text_mask if keep_text is None else text_mask & keep_text[:, None]
+        text = nn.Dense(self.width, use_bias=self.bias, dtype=self.dtype, name="text")(text)
+        context = jnp.concatenate([low.astype(text.dtype), text], axis=1)  # [b, m + l, width]
+        mask = jnp.concatenate([jnp.ones(low.shape[:2], bool), text_mask], axis=1)
+
+        x = _Tokens(self.vocab, self.grid, self.width, self.dtype, name="image")(tokens)
+        axes = None if self.block is None else (*self.grid, self.block)
+        block = Block(self.heads, self.mlp_dim, cross=True, axes=axes, name="layers", **args)
+        x = stack(block, x, depth=self.depth, context=context, context_mask=mask, **run)
+        return _Head(self.vocab, self.dtype, name="head")(x)
+
+
+def layer_parameters(params) -> int:
+    """Number of parameters in the transformer layers, the part that the paper's sizes speak of."""
+    layers = [params[name] for name in ("layers", "low_layers") if name in params]
+    return sum(leaf.size for leaf in jax.tree.leaves(layers))
