@@ -31,7 +31,16 @@ from ml_collections import ConfigDict
 
 SCALES = ("tiny", "mini", "small", "paper", "photos")
 
-WORLD = dict(shapes=("circle", "square", "triangle", "star"), textures=("solid",), max_objects=2)  # of tiny and mini
+# Of tiny and mini: one or two large objects, four shapes, eight colours, plain, on three backgrounds.
+WORLD = dict(
+    shapes=("circle", "square", "triangle", "star"), textures=("solid",), sizes=("large",),
+    backgrounds=("white", "grey", "sky"), max_objects=2,
+)  # fmt: skip
+
+# MaskGIT's layout with biases and with shortcuts that start at the block's input, as taming's: the released shortcut
+# (from the branch's output) trains four times slower over the few thousand steps that small scales have.
+EASY = dict(target="vgen.models.vqgan:Layout", bias=True, stem_bias=True, shortcut="input", downsample="average",
+            out_kernel=1, mid_blocks=1, mid_attention=False, decoder_extra=0)  # fmt: skip
 
 PUBLISHED = dict(
     transformer_layers=dict(base_3b=3.22e9, base_632m=629e6, superres=738e6),  # computed from the published shapes
@@ -47,14 +56,15 @@ def get_config(scale: str = "mini") -> ConfigDict:
     makers = dict(tiny=_tiny, mini=_mini, small=_small, paper=_paper, photos=_photos)
     if scale not in makers:
         raise ValueError(f"configs/muse.py: scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    return ConfigDict(dict(name="muse", scale=scale, seed=0, published=PUBLISHED) | makers[scale]())
+    common = dict(name="muse", scale=scale, seed=0, published=PUBLISHED, mesh=dict(data=-1, fsdp=1, tensor=1))
+    return ConfigDict(common | makers[scale]())
 
 
 # ------------------------------------------------------------------------------------------------------ small worlds
 
 
 def _world(
-    *, size, world, cached, eval_count, tokenizer, decoder, discriminator, autoencode, base, superres, text, steps, batch, lr,
+    *, size, world, cached, eval_count, tokenizer, decoder, discriminator, autoencode, base, superres, text, steps, batch, lr, adversarial_start,
     generate, max_steps, eval_prompts, prompts,
 ):  # fmt: skip
     """All four stages on scenes, with one tokenizer for both resolutions; `size` is that of super-resolution."""
@@ -80,18 +90,23 @@ def _world(
                     transformer=transformer, max_steps=max_steps, **kwargs)  # fmt: skip
 
     auto = dict(target="vgen.tasks.autoencode:Autoencode", discriminator=gan, crop_size=low, **autoencode)
-    auto_train = dict(groups_of=("gen", "disc"))
+    both = dict(groups_of=("gen", "disc"))
+    first = dict(auto, model=vqgan, gan_start=steps["tokenizer"] // 2)
+    if adversarial_start:
+        first_train = train("tokenizer", **both)
+    else:
+        first, first_train = first | dict(discriminator=None), train("tokenizer", groups_of=("gen",))
+    tuned = ("encoder", "quantizer") if decoder else ("encoder", "quantizer", "decoder")  # of equal size: a warm start
     superres = dict(target="vgen.models.muse:SuperResTransformer", vocab=codes, grid=grids["high"], low_vocab=codes,
                     low_grid=grids["low"], **superres)  # fmt: skip
     stages = dict(
         tokenizer=dict(
-            task=dict(auto, model=vqgan, gan_start=steps["tokenizer"] * 9 // 10),
-            data=dict(data, text=False), evaluate=dict(held_out, batches=8), train=train("tokenizer", **auto_train),
+            task=first, data=dict(data, text=False), evaluate=dict(held_out, batches=8), train=first_train,
         ),
         decoder=dict(
-            task=dict(auto, model=large, train="decoder", gan_start=0),
-            data=dict(data, text=False), evaluate=dict(held_out, batches=8), train=train("decoder", **auto_train),
-            init={"encoder": dict(stage="tokenizer", part="encoder"), "quantizer": dict(stage="tokenizer", part="quantizer")},
+            task=dict(auto, model=large, train="decoder", gan_start=0, perceptual=0.2, continuous_steps=0),
+            data=dict(data, text=False), evaluate=dict(held_out, batches=8), train=train("decoder", **both),
+            init={part: dict(stage="tokenizer", part=part) for part in tuned},
         ),
         base=dict(
             task=tokens(dict(target="vgen.models.muse:BaseTransformer", vocab=codes, grid=grids["low"], **base),
@@ -109,7 +124,7 @@ def _world(
         order=("tokenizer", "decoder", "base", "superres"),
         text=dict(kind="bpe", length=text["length"], vocab_size=text["vocab_size"], path=""),
         generate=generate,
-        eval=dict(target="vgen.metrics.scenes:SceneEval", world=world, prompts=eval_prompts, split="heldout",
+        eval=dict(target="vgen.metrics.scene_eval:SceneEval", world=world, prompts=eval_prompts, split="heldout",
                   guidance_off=True),  # fmt: skip
         prompts=prompts,
     )
@@ -132,7 +147,7 @@ def _tiny():
         size=32, world=WORLD, cached=0, eval_count=16,
         tokenizer=dict(channels=8, multipliers=(1, 2, 2), blocks=1, latent_channels=8, num_codes=32, groups=4, ema=True),
         decoder=dict(decoder_channels=8, decoder_blocks=2), discriminator=dict(channels=8, layers=1, norm="group"),
-        autoencode=dict(revive_below=0.05),
+        autoencode=dict(revive_below=0.05), adversarial_start=True,
         base=dict(depth=2, width=32, heads=2, mlp_dim=64, unroll=2),
         superres=dict(depth=1, low_depth=1, width=32, heads=2, mlp_dim=64),
         text=dict(length=24, vocab_size=320, net=dict(depth=1, width=32, heads=2, mlp_dim=64)),
@@ -154,16 +169,17 @@ def _generate(*, batch_size, steps=(24, 8), guidance=(4.0, 4.0), choice=(4.5, 4.
 def _mini():
     return _world(
         size=64, world=WORLD, cached=40_000, eval_count=512,
-        tokenizer=dict(channels=16, multipliers=(1, 2, 4, 8), blocks=1, latent_channels=32, num_codes=512, groups=8,
-                       ema=True),
-        decoder=dict(decoder_channels=16, decoder_blocks=2), discriminator=dict(channels=16, layers=2, norm="group"),
-        autoencode=dict(l1=1.0, l2=1.0, perceptual=0.2, gan=0.05, revive_below=0.05),
+        tokenizer=dict(channels=16, multipliers=(1, 1, 4, 8), blocks=1, latent_channels=64, num_codes=512, groups=8,
+                       ema=True, layout=EASY),
+        decoder={}, discriminator=dict(channels=16, layers=2, norm="group"),
+        autoencode=dict(l1=1.0, l2=1.0, perceptual=0.0, gan=0.05, revive_below=0.05, continuous_steps=700,
+                        downsampled=0.7), adversarial_start=False,
         base=dict(depth=6, width=192, heads=6, mlp_dim=768, unroll=6),
         superres=dict(depth=3, low_depth=1, width=160, heads=5, mlp_dim=640, unroll=3),
         text=dict(length=24, vocab_size=320, net=dict(depth=2, width=128, heads=4, mlp_dim=512, unroll=2)),
-        steps=dict(tokenizer=1500, decoder=150, base=3000, superres=500),
-        batch=dict(tokenizer=32, decoder=32, base=64, superres=32),
-        lr=dict(tokenizer=2e-3, decoder=1e-3, base=1e-3, superres=2e-3),
+        steps=dict(tokenizer=2200, decoder=200, base=3000, superres=800),
+        batch=dict(tokenizer=16, decoder=16, base=64, superres=32),
+        lr=dict(tokenizer=1e-3, decoder=1e-3, base=1e-3, superres=2e-3),
         generate=_generate(batch_size=64), max_steps=128, eval_prompts=256, prompts=PROMPTS,
     )  # fmt: skip
 
@@ -175,7 +191,7 @@ def _small():
         tokenizer=dict(channels=64, multipliers=(1, 2, 2, 4), blocks=2, latent_channels=64, num_codes=2048, groups=32,
                        ema=True),
         decoder=dict(decoder_channels=96, decoder_blocks=4), discriminator=dict(channels=64, layers=2, norm="group"),
-        autoencode=dict(l1=1.0, l2=1.0, perceptual=0.2, gan=0.1, revive_below=0.05),
+        autoencode=dict(l1=1.0, l2=1.0, perceptual=0.2, gan=0.1, revive_below=0.05), adversarial_start=True,
         base=dict(depth=12, width=512, heads=8, mlp_dim=2048, dtype="bfloat16"),
         superres=dict(depth=8, low_depth=4, width=512, heads=8, mlp_dim=2048, dtype="bfloat16"),
         text=dict(length=64, vocab_size=512, net=dict(depth=4, width=512, heads=8, mlp_dim=2048, dtype="bfloat16")),

@@ -29,6 +29,7 @@ class Checkpoints:
     folder: the run's folder; `checkpoints/` is made inside.  keep: how many of the newest stay.  keep_every: steps that
     are multiples of it stay for good (0 = none).  meta: JSON-able facts stored with every step, such as where frozen
     parameters come from (they are named, not saved).  warn: called with one sentence about a damaged checkpoint.
+    read_only: nothing on disk is touched, so that weights can be read while the run goes on elsewhere.
     """
 
     def __init__(
@@ -39,12 +40,16 @@ class Checkpoints:
         keep_every: int = 0,
         meta: Mapping[str, Any] | None = None,
         warn: Callable[[str], None] = logging.warning,
+        read_only: bool = False,
     ):
         self.folder = Path(folder).resolve() / "checkpoints"
-        self.meta, self.warn = dict(meta or {}), warn
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True, create=True
-        )
+        self.meta, self.warn, self.read_only = dict(meta or {}), warn, read_only
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True, create=True
+            )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
@@ -72,7 +77,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Block until everything is on disk, and seal it with checksums."""
         self.manager.wait_until_finished()
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not self.read_only:
             for step in self.steps():
                 if not self._seal(step).exists():
                     _write_json(self._seal(step), _checksums(self.folder / str(step)))
@@ -84,7 +89,7 @@ class Checkpoints:
         """The newest whole checkpoint as (state, data position), placed by `shardings`; None if there is none.
 
         A damaged one is named, set aside as `<step>.damaged`, and the one before is tried.  UserError when there were
-        checkpoints and none can be read.
+        checkpoints and none can be read, or when a whole one does not fit the state.
         """
         abstract = jax.tree.map(_placed, shapes, shardings)
         items = _split(abstract)
@@ -121,31 +126,44 @@ class Checkpoints:
     def _newest(self, args):
         steps = self.steps()
         for step in reversed(steps):
+            whole = False
             try:
-                self._verify(step)
+                whole = self._verify(step)
                 found = self.manager.restore(step, args=args(step) if callable(args) else args)
                 self._read_step = step
                 return found
             except Exception as error:  # noqa: BLE001  orbax and tensorstore raise many kinds for a damaged file
                 reason = " ".join(str(error).split())[:200]
+                if whole:
+                    raise UserError(
+                        f"checkpoint {self.folder / str(step)} is whole but does not fit the program ({reason}): "
+                        "go back to the code and library versions that wrote it, or use another --workdir"
+                    ) from error
                 self.warn(f"checkpoint {self.folder / str(step)} is damaged ({reason}); trying the one before")
                 self._set_aside(step)
         if steps:
-            raise UserError(f"no checkpoint in {self.folder} can be read (tried steps {steps}); see the warnings above")
+            raise UserError(
+                f"no checkpoint in {self.folder} can be read (tried steps {steps}; see the warnings above); "
+                "put a good copy back, or train again from the start with the same command"
+            )
         return None
 
     def _seal(self, step: int) -> Path:
         return self.folder / f"{step}.crc.json"
 
-    def _verify(self, step: int) -> None:
+    def _verify(self, step: int) -> bool:
+        """Whether the step is known to be whole; ValueError if it is known not to be."""
         if not self._seal(step).exists():
-            return  # complete (orbax renames last) but the process ended before it was sealed
+            return False  # complete (orbax renames last) but the process ended before it was sealed
         wanted, got = json.loads(self._seal(step).read_text()), _checksums(self.folder / str(step))
         wrong = sorted(name for name in set(wanted) | set(got) if wanted.get(name) != got.get(name))
         if wrong:
             raise ValueError(f"{len(wrong)} files changed since they were written, e.g. {wrong[0]}")
+        return True
 
     def _set_aside(self, step: int) -> None:
+        if self.read_only:
+            return
         if jax.process_index() == 0:
             target = self.folder.parent / f"{step}.damaged"
             shutil.rmtree(target, ignore_errors=True)

@@ -30,12 +30,12 @@ class ConfigError(UserError, ValueError):
 def resolve(target: str):
     """Import "package.module:Name" (or "...:Class.method") and return the object; ConfigError if there is none."""
     module_name, _, attribute = target.partition(":")
-    if not attribute:
+    if not attribute or not all(part.isidentifier() for part in module_name.split(".")):
         raise ConfigError(f"target {target!r} must look like 'package.module:Name'")
     try:
         value = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if not module_name.startswith(error.name or "\0"):
+        if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # a dependency of the module is missing: that is the error to show
         raise ConfigError(f"target {target!r}: there is no module {error.name!r}") from None
     for part in attribute.split("."):
@@ -52,7 +52,8 @@ def build(spec: Mapping[str, Any], where: str = "config", **extra) -> Any:
     spec: {"target": "module:Name", **kwargs}; values that are specs themselves, also inside lists, tuples and dicts,
       are built first.  where: the place of the spec in the config, for messages.
     extra: keyword arguments added by the caller (they win over nothing: a key given twice is an error).
-    Raises ConfigError on an unknown key (naming the nearest valid one), a missing one, or a value of the wrong type.
+    Raises ConfigError on an unknown key (naming the nearest valid one), a missing one, a value of the wrong type, or
+    one that the object itself refuses with a ValueError.
     """
     spec = to_dict(spec)
     if "target" not in spec:
@@ -67,7 +68,21 @@ def build(spec: Mapping[str, Any], where: str = "config", **extra) -> Any:
 
 
 def call(function, kwargs: dict[str, Any], where: str, name: str | None = None):
-    """`function(**kwargs)` after checking the names and types of the arguments against its signature."""
+    """`function(**kwargs)` after checking the names and types of the arguments against its signature.
+
+    A ValueError or OSError of the function becomes a ConfigError that says which part of the config it came from.
+    """
+    kwargs = arguments(function, kwargs, where, name)
+    try:
+        return function(**kwargs)
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def arguments(function, kwargs: Mapping[str, Any], where: str, name: str | None = None) -> dict[str, Any]:
+    """The keyword arguments that `call` would pass, checked; nothing is called."""
     name = name or getattr(function, "__name__", str(function))
     parameters = inspect.signature(function).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -83,7 +98,7 @@ def call(function, kwargs: dict[str, Any], where: str, name: str | None = None):
     missing = [key for key in accepted if parameters[key].default is inspect.Parameter.empty and key not in checked]
     if missing:
         raise ConfigError(f"{where}: {name} also needs {', '.join(missing)}")
-    return function(**checked)
+    return checked
 
 
 def to_dict(config) -> Any:

@@ -21,8 +21,7 @@ class Log:
     def __init__(self, folder: Path, title: str, quiet: bool = False):
         self.folder, self.title, self.quiet = Path(folder), title, quiet
         self.bar = self._writer = None
-        self._last_line = 0.0
-        self._note = ""
+        self._last_line, self._printed, self._first, self._note = 0.0, -1, 0, ""
 
     def start(self, step: int, steps: int, batch_size: int) -> None:
         self.steps, self.batch_size = steps, batch_size
@@ -41,8 +40,9 @@ class Log:
         if self.quiet:
             return
         self.bar.update(step - self.bar.n if not self.bar.disable else 0)
-        if self.bar.disable and (time.monotonic() - self._last_line > 10 or step == self.steps):
-            self._last_line = time.monotonic()
+        late = time.monotonic() - self._last_line > 10 or step == self.steps
+        if self.bar.disable and late and step != self._printed:
+            self._last_line, self._printed = time.monotonic(), step
             left = (self._last_line - self._begun) / max(step - self._first, 1) * (self.steps - step)
             print(
                 f"{self.title}: step {step}/{self.steps}, {_clock(left)} left{self._note}", file=sys.stderr, flush=True
@@ -61,7 +61,7 @@ class Log:
                 writer.add_scalar(name, value, step)
         shown = [name for name in values if name.startswith("loss")] + ["images_per_second"]
         shown = {name.replace("images_per_second", "img/s"): values[name] for name in shown if name in values}
-        self._note = "".join(f", {name} {value:.4g}" for name, value in shown.items())
+        self._note = "".join(f", {name} {value:.4g}" for name, value in shown.items()) or self._note
         if self.bar is not None:
             self.bar.set_postfix_str(self._note.lstrip(", "), refresh=False)
         self.tick(step)
@@ -82,7 +82,8 @@ class Log:
         if self.bar is not None:
             self.bar.close()
         if self._writer is not None:
-            self._writer.flush()
+            self._writer.close()
+            self._writer = None
 
     def _keep_until(self, step: int) -> None:
         """Drop lines of steps that a killed run logged after its last checkpoint: they will be taken again."""
@@ -91,13 +92,19 @@ class Log:
             lines = [line for line in path.read_text().splitlines() if line.strip()]
             kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
             if kept != lines:
-                path.write_text("".join(line + "\n" for line in kept))
+                temporary = path.with_name("metrics.jsonl.tmp")
+                temporary.write_text("".join(line + "\n" for line in kept))
+                temporary.replace(path)
 
     def _tensorboard(self):
         if self._writer is None:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=30)
+            # TensorBoard, too, forgets what a killed run logged beyond its checkpoint.
+            purge = self._first + 1 if self._first else None
+            self._writer = SummaryWriter(
+                str(self.folder / "tensorboard"), flush_secs=30, purge_step=purge, filename_suffix=f".{time.time_ns()}"
+            )
         return self._writer
 
 

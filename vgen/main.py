@@ -3,12 +3,15 @@
 Every mistake of the caller ends as one sentence on stderr and exit code 2.
 """
 
+import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 from absl import flags
@@ -16,161 +19,228 @@ from ml_collections import config_flags
 
 from vgen.config import UserError
 
-FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file("config", flag_values=FLAGS, help_string="configs/<system>.py[:scale]")
-flags.DEFINE_string("workdir", None, "where checkpoints, logs and pictures go", flag_values=FLAGS)
-flags.DEFINE_enum("mode", "train", ["train", "sample", "eval"], "what to do", flag_values=FLAGS)
-flags.DEFINE_string("stage", None, "only this stage (train); only up to this stage (sample)", flag_values=FLAGS)
-flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated", flag_values=FLAGS)
-flags.DEFINE_string("prompts", None, "a file with one prompt per line", flag_values=FLAGS)
-flags.DEFINE_string("negative_prompt", "", "what the picture should not show", flag_values=FLAGS)
-flags.DEFINE_integer("seed", 0, "seed of sampling", flag_values=FLAGS)
-flags.DEFINE_float("guidance_scale", None, "strength of guidance; 0 is off", flag_values=FLAGS)
-flags.DEFINE_integer("steps", None, "sampling steps of the first stage", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("num_images", 1, "pictures per prompt", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_string("out", None, "folder for the pictures (default: WORKDIR/samples)", flag_values=FLAGS)
-flags.DEFINE_string("image", None, "a picture to edit", flag_values=FLAGS)
-flags.DEFINE_string(
-    "mask", None, "white where --image is to be made anew; without it: edit by text alone", flag_values=FLAGS
-)
-flags.DEFINE_string(
-    "compilation_cache", "~/.cache/vgen/xla", "folder of compiled programs; '' = off", flag_values=FLAGS
-)
-
 
 def main(argv=None) -> int:
-    """Run the command line and return its exit code: 0, or 2 after a mistake of the caller (one sentence on stderr)."""
+    """Run the command line and return its exit code: 0, or 2 after a mistake of the caller (one sentence on stderr).
+
+    argv: the program's name and its flags (default: sys.argv).
+    """
     try:
-        rest = FLAGS(list(sys.argv if argv is None else argv))
-        if len(rest) > 1:
-            raise UserError(f"unexpected argument {rest[1]!r}: flags look like --name=value")
-        if FLAGS.config is None or FLAGS.workdir is None:
-            raise UserError("needs --config=configs/<system>.py and --workdir=DIR")
-        return _run()
-    except flags.Error as error:
-        return _fail(str(error).strip().splitlines()[0])
+        return _run(_parse(list(sys.argv if argv is None else argv)))
     except UserError as error:
-        return _fail(str(error))
+        print(f"vgen: {error}", file=sys.stderr, flush=True)
+        return 2
 
 
-def _fail(sentence: str) -> int:
-    print(f"vgen: {sentence}", file=sys.stderr, flush=True)
-    return 2
+def _flags(argv: list[str]) -> flags.FlagValues:
+    """The flags that one command line may have, before they are parsed."""
+    values = flags.FlagValues()
+    # New keys are let in here because `vgen.config` checks every one against what reads it.
+    config_flags.DEFINE_config_file(
+        "config", flag_values=values, help_string="configs/<system>.py[:scale]; then --config.a.b=value",
+        lock_config=False, accept_new_attributes=True, sys_argv=argv,
+    )  # fmt: skip
+    text, number = flags.DEFINE_string, flags.DEFINE_integer
+    text("workdir", None, "where checkpoints, logs and pictures go", flag_values=values)
+    flags.DEFINE_enum("mode", "train", ["train", "sample", "eval"], "what to do", flag_values=values)
+    text("stage", None, "only this stage (train); only up to this stage (sample)", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated", flag_values=values)
+    text("prompts", None, "a file with one prompt per line", flag_values=values)
+    text("negative_prompt", "", "what the picture should not show", flag_values=values)
+    number("seed", 0, "seed of sampling", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)
+    flags.DEFINE_float("guidance_scale", None, "strength of guidance; 0 is off", flag_values=values)
+    number("steps", None, "sampling steps of the first stage", lower_bound=1, flag_values=values)
+    number("num_images", 1, "pictures per prompt", lower_bound=1, flag_values=values)
+    text("out", None, "folder for the pictures (default: WORKDIR/samples)", flag_values=values)
+    text("image", None, "a picture to edit; its central square is taken", flag_values=values)
+    text("mask", None, "white where --image is to be made anew; without it: edit by text alone", flag_values=values)
+    text("compilation_cache", "~/.cache/vgen/xla", "folder of compiled programs; '' = off", flag_values=values)
+    number("cpu_devices", 0, "without an accelerator: devices to split a batch over; 0 = one per core, at most 4",
+           lower_bound=0, flag_values=values)  # fmt: skip
+    flags.DEFINE_boolean("help", False, "show this", flag_values=values)
+    return values
 
 
-def _run() -> int:
+def _parse(argv: list[str]) -> flags.FlagValues:
+    """The flags of a command line; UserError for whatever is wrong with them or with the config file."""
+    options = _flags(argv)
+    sys.modules.pop("config_config", None)  # what ml_collections calls the file: another may have been loaded before
+    try:
+        rest = options(argv)
+        if not hasattr(options.config, "items") and "config" in options and options["config"].present:
+            raise TypeError(f"get_config() must return a ConfigDict, got {options.config!r}")
+    except Exception as error:  # noqa: BLE001  a config file is a program, it fails in any way
+        raise UserError(_parse_error(error, argv)) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: flags look like --name=value")
+    if options.help:
+        print(f"{__doc__}\n{options.get_help(include_special_flags=False)}")
+    elif options.config is None or options.workdir is None:
+        raise UserError("needs --config=configs/<system>.py and --workdir=DIR")
+    return options
+
+
+def _parse_error(error: Exception, argv: list[str]) -> str:
+    """One sentence about a command line that does not parse, a config that fails, or an override without its key."""
+    spec = next((arg.partition("=")[2] for arg in argv if re.match(r"--?config=", arg)), "")
+    path = spec.partition(":")[0]
+    lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
+    if path and not Path(path).is_file():
+        return f"there is no config file {path}"
+    if "whilst parsing config file" in lines[0]:
+        return f"--config={spec} fails: {lines[-1]}"
+    if isinstance(error, flags.Error):
+        return lines[0]
+    inside = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(path)]
+    if isinstance(error, KeyError) and not inside:
+        key = lines[0].strip("'\"")
+        arg = next((arg for arg in argv if key in arg.partition("=")[0].split(".")), "an override")
+        return " ".join([f"{arg}: the config has no {key!r} there.", *lines[1:]])
+    return f"--config={spec} fails: {type(error).__name__}: {lines[-1]}"
+
+
+def _run(options: flags.FlagValues) -> int:
+    if options.help:
+        return 0
     import jax
 
     from vgen.stages import Run
 
-    if FLAGS.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(FLAGS.compilation_cache))
+    if options.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(options.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    run = Run(FLAGS.config, FLAGS.workdir)
-    if FLAGS.mode == "train":
+    _use_cores(options.cpu_devices)
+    run = Run(options.config, options.workdir)
+    if options.mode == "train":
         run.claim()
-        return _train(run)
+        return _train(run, options)
     run.check()
-    return _sample(run) if FLAGS.mode == "sample" else _evaluate(run)
+    return _sample(run, options) if options.mode == "sample" else _evaluate(run)
 
 
-def _train(run) -> int:
+def _use_cores(count: int) -> None:
+    """Make `count` devices of the processor (0: one per core, a power of two, at most 4).
+
+    XLA spreads large operations over the cores but not small ones: a step of a small convolutional network took half
+    the time on two devices of two cores.  Does nothing once JAX runs, or where XLA_FLAGS decides.
+    """
+    import jax
+
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count or (4 if cores >= 4 else 2 if cores >= 2 else 1))
+
+
+@contextlib.contextmanager
+def _stop_event():
+    """An event that the first SIGTERM or SIGINT sets; the second one ends the process."""
+    stop = threading.Event()
+    handle = lambda *_: os._exit(130) if stop.is_set() else stop.set()
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _train(run, options) -> int:
     """Train every stage that is not finished, then draw the config's prompts and measure."""
     from vgen.train import Stopped
 
-    if FLAGS.stage is not None:
-        run.stage(FLAGS.stage)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(130) if stop.is_set() else stop.set())
+    if options.stage is not None:
+        run.stage(options.stage)
     begun = time.monotonic()
-    for name in [FLAGS.stage] if FLAGS.stage else run.config.order:
-        try:
-            run.train_stage(name, should_stop=stop.is_set)
-        except Stopped as stopped:
-            print(f"stage {name} {stopped}; the same command goes on from there", file=sys.stderr)
-            return 0
-        if stop.is_set():
-            print(f"stopped after stage {name}; the same command goes on from there", file=sys.stderr)
-            return 0
-        print(f"stage {name} finished after {time.monotonic() - begun:.0f} s", file=sys.stderr)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
-    if FLAGS.stage is None and run.config.generate:
+    with _stop_event() as stop:
+        for name in [options.stage] if options.stage else run.config.order:
+            try:
+                run.train_stage(name, should_stop=stop.is_set)
+            except Stopped as stopped:
+                print(f"stage {name} {stopped}; the same command goes on from there", file=sys.stderr)
+                return 0
+            if stop.is_set():
+                print(f"stopped after stage {name}; the same command goes on from there", file=sys.stderr)
+                return 0
+            print(f"stage {name} finished after {time.monotonic() - begun:.0f} s", file=sys.stderr)
+    if options.stage is not None:
+        return 0
+    system = None
+    if run.config.generate:
         from vgen.stages import System
 
         system = System(run)
-        _draw(run, system, list(run.config.prompts), Path(FLAGS.out or run.workdir / "samples"))
-        if run.config.eval:
-            return _evaluate(run, system)
-    return 0
+        _draw(run, options, system, list(run.config.prompts))
+    return _evaluate(run, system)
 
 
-def _sample(run) -> int:
+def _sample(run, options) -> int:
     import numpy as np
 
     from vgen.data import images
     from vgen.stages import System
 
-    prompts = list(FLAGS.prompt)
-    if FLAGS.prompts is not None:
+    prompts = list(options.prompt)
+    if options.prompts is not None:
         try:
-            lines = Path(FLAGS.prompts).read_text(encoding="utf-8").splitlines()
+            lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read --prompts={FLAGS.prompts}: {error}") from None
+            raise UserError(f"cannot read --prompts={options.prompts}: {error}") from None
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(
             "--mode=sample needs --prompt='...' (may be repeated) or --prompts=FILE with one prompt per line"
         )
-    if FLAGS.mask is not None and FLAGS.image is None:
+    if options.mask is not None and options.image is None:
         raise UserError("--mask needs --image, the picture to edit")
-    if FLAGS.stage is not None and FLAGS.stage not in (names := list(run.config.generate.get("stages", ()))):
-        raise UserError(f"--stage={FLAGS.stage} does not generate; the generating stages are {', '.join(names)}")
+    if options.stage is not None and options.stage not in (names := list(run.config.generate.get("stages", ()))):
+        raise UserError(f"--stage={options.stage} does not generate; the generating stages are {', '.join(names)}")
     edit = {}
-    if FLAGS.image is not None:
-        edit["image"] = images.load(FLAGS.image)
-    if FLAGS.mask is not None:
-        edit["mask"] = np.asarray(images.load(FLAGS.mask)).mean(-1) > 127
+    if options.image is not None:
+        edit["image"] = images.load(options.image)
+    if options.mask is not None:
+        edit["mask"] = np.asarray(images.load(options.mask)).mean(-1) > 127
         if edit["mask"].shape != edit["image"].shape[:2]:
             raise UserError(
                 f"--mask is {edit['mask'].shape[::-1]}, --image is {edit['image'].shape[1::-1]} (width, height)"
             )
         if not edit["mask"].any():
             raise UserError("--mask has no white pixel: nothing would be made anew")
-    _draw(run, System(run), prompts, Path(FLAGS.out or run.workdir / "samples"), **edit)
+    _draw(run, options, System(run), prompts, **edit)
     return 0
 
 
-def _draw(run, system, prompts, out: Path, **edit) -> None:
+def _draw(run, options, system, prompts, **edit) -> None:
     """Write one PNG per picture and a grid with captions per stage; print where they are."""
     from vgen.data import images
 
     if not prompts:
         return
+    out = Path(options.out or run.workdir / "samples")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".writable").touch()
-        (out / ".writable").unlink()
+        (out / ".writable").unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to --out={out}: {error.strerror}") from None
-    stages = system.names[: system.names.index(FLAGS.stage) + 1] if FLAGS.stage else None
-    repeated = [prompt for prompt in prompts for _ in range(FLAGS.num_images)]
+        raise UserError(f"cannot write to --out={out}: {error.strerror or error}") from None
+    stages = system.names[: system.names.index(options.stage) + 1] if options.stage else None
+    repeated = [prompt for prompt in prompts for _ in range(options.num_images)]
     results = system(
-        repeated, seed=FLAGS.seed, negative=FLAGS.negative_prompt, stages=stages,
-        guidance_scale=FLAGS.guidance_scale, steps=FLAGS.steps, **edit,
+        repeated, seed=options.seed, negative=options.negative_prompt, stages=stages,
+        guidance_scale=options.guidance_scale, steps=options.steps, **edit,
     )  # fmt: skip
     for stage, pictures in results.items():
         for i, picture in enumerate(pictures):
             images.save_png(out / f"{stage}_{i:04d}.png", picture)
         path = out / f"{stage}_grid.png"
-        images.save_png(path, images.grid(pictures, columns=max(FLAGS.num_images, 4), captions=repeated))
+        images.save_png(path, images.grid(pictures, columns=max(options.num_images, 4), captions=repeated))
         print(f"{len(pictures)} pictures of stage {stage} in {out}, together in {path}")
     (out / "prompts.txt").write_text("".join(prompt + "\n" for prompt in repeated), encoding="utf-8")
 
 
 def _evaluate(run, system=None) -> int:
-    """Measure the system as its config says, write eval.json and print the table."""
+    """Measure the system as its config says; write that and the stages' own scores to eval.json; print the table."""
     from vgen.config import build
     from vgen.stages import System
 

@@ -21,7 +21,7 @@ def schedule(lr: float, steps: int, kind: str = "cosine", warmup: int = 0, end: 
         after = optax.linear_schedule(lr, end * lr, decay_steps)
     elif kind == "rsqrt":
         offset = max(warmup, 1)
-        after = lambda step: lr * jnp.sqrt(offset / (step + offset))
+        after = lambda step: lr * jnp.sqrt(offset / jnp.maximum(step + offset, 1))  # during warmup: any number
     else:
         raise ValueError(f"schedule kind {kind!r}: expected constant, cosine, linear or rsqrt")
     if not warmup:
@@ -82,4 +82,3 @@ def _scale_by_path(lr_scale) -> optax.GradientTransformation:
         return next((scale for pattern, scale in lr_scale if re.fullmatch(pattern, path)), 1.0)
 
     return optax.stateless(lambda updates, _: {path: factor(path) * update for path, update in updates.items()})
-

@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from vgen.config import ConfigError
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
@@ -19,18 +21,18 @@ BATCH = P(("data", "fsdp"))
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh with axes data, fsdp, tensor; one of them may be -1 and takes the devices that are left.
 
-    Raises ValueError when the sizes do not multiply to the number of devices.
+    Raises ConfigError when the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"mesh: sizes must be positive and at most one -1, got {sizes}")
+        raise ConfigError(f"mesh: sizes must be positive and at most one -1, got {sizes}")
     if free and fixed and len(devices) % fixed == 0:
         sizes[free[0]] = len(devices) // fixed
     if int(np.prod(list(sizes.values()))) != len(devices):
-        raise ValueError(
+        raise ConfigError(
             f"mesh {sizes} does not cover {len(devices)} devices: the sizes must multiply to {len(devices)}"
         )
     grid = np.asarray(devices, dtype=object).reshape(tuple(sizes[axis] for axis in AXES))
@@ -43,20 +45,26 @@ def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[tuple[
     rules: (regex, entries), entries being one mesh axis (or None) per array axis, right-aligned: a rule written for a
       [in, out] kernel also serves a stacked [layers, in, out] one.
     The default splits the largest axis that `fsdp` divides; arrays of fewer than `min_size` values are replicated.
-    Raises ValueError when a rule has more entries than the array has axes, or an axis does not divide.
+    Raises ConfigError when a rule has more entries than the array has axes, names an axis that the mesh has not, or
+      one that does not divide.
     """
     for pattern, entries in rules:
         if re.fullmatch(pattern, path):
             entries = tuple(entries)
             if len(entries) > len(shape):
-                raise ValueError(
+                raise ConfigError(
                     f"sharding rule {pattern!r} has {len(entries)} entries, {path} has shape {tuple(shape)}"
                 )
             entries = (None,) * (len(shape) - len(entries)) + entries
             for size, axis in zip(shape, entries):
-                ways = int(np.prod([mesh.shape[a] for a in ([axis] if isinstance(axis, str) else axis or [])]))
+                names = [axis] if isinstance(axis, str) else axis or []
+                if unknown := sorted(set(names) - set(mesh.shape)):
+                    raise ConfigError(
+                        f"sharding rule {pattern!r}: no mesh axis {unknown[0]!r}; there are {', '.join(AXES)}"
+                    )
+                ways = int(np.prod([mesh.shape[name] for name in names]))
                 if size % ways:
-                    raise ValueError(
+                    raise ConfigError(
                         f"sharding rule {pattern!r}: {path} {tuple(shape)} is not divisible by {ways} ({axis})"
                     )
             return P(*entries)
@@ -89,6 +97,6 @@ def constrain(x: jax.Array) -> jax.Array:
     Called at block edges, so that the compiler gathers parameters rather than activations.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or "data" not in mesh.axis_names or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if mesh.empty or mesh.size == 1 or "data" not in mesh.axis_names or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
     return jax.lax.with_sharding_constraint(x, P(("data", "fsdp"), *(None,) * (x.ndim - 1)))

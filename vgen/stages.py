@@ -4,6 +4,7 @@ A stage is a task, its data, its training settings, and `init`: where parameters
 """
 
 import dataclasses
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,12 @@ import numpy as np
 from vgen import sharding, trees
 from vgen import state as states
 from vgen.checkpoint import Checkpoints
-from vgen.config import UserError, build, call, diff, resolve, to_dict, to_json
+from vgen.config import ConfigError, UserError, arguments, build, call, diff, resolve, to_dict, to_json
+from vgen.data import images
+from vgen.data.open import open_captions, open_pipeline
+from vgen.data.text import open_tokenizer
 from vgen.log import Log
-from vgen.train import Hook, TrainConfig, fit
+from vgen.train import Hook, TrainConfig, build_optimizers, fit
 
 RECORDED = ("name", "scale", "seed", "stages", "order", "text")  # a workdir belongs to one value of these
 
@@ -29,8 +33,7 @@ class StageConfig:
     """One stage.
 
     task: spec of the Task.  data: arguments of `vgen.data.open.open_pipeline`.  train: arguments of TrainConfig.
-    init: {parameter prefix: {"stage": name, "part": prefix there, "without": regex of parts left out}, or {"file": path, "reader": "module:function"}}; the
-      reader returns parameters as they are named here (`vgen.weights.read_weights` if none is named).
+    init: {parameter prefix: arguments of InitConfig}.
     evaluate: data arguments that differ on held-out data, and "batches", how many to use ({} = no evaluation).
     """
 
@@ -39,6 +42,21 @@ class StageConfig:
     train: dict[str, Any]
     init: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     evaluate: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Where the parameters below a prefix come from: a stage trained before, or a weight file.
+
+    stage: its name.  part: the prefix there ("" = everything).  without: regex of top-level parts left out.
+    file: the weight file.  reader: function of its path that returns parameters as they are named here.
+    """
+
+    stage: str = ""
+    part: str = ""
+    without: str = ""
+    file: str | None = None
+    reader: str = "vgen.weights:read_weights"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +100,7 @@ class Run:
     """A config bound to a workdir and a mesh: builds tasks, opens data, finds weights.
 
     config: a ConfigDict or dict with the fields of RunConfig.  workdir: the run's folder.
+    Raises ConfigError for a mistake in any stage, before any work is done.
     """
 
     def __init__(self, config, workdir: str | Path, devices=None):
@@ -89,14 +108,47 @@ class Run:
         self.config: RunConfig = call(RunConfig, config, "config")
         self.recorded = {name: config.get(name) for name in RECORDED}
         self.workdir = Path(workdir)
-        self.mesh = sharding.make_mesh(**self.config.mesh, devices=devices)
+        self.mesh = call(sharding.make_mesh, self.config.mesh | dict(devices=devices), "config.mesh")
         self.stages = {name: self._stage_config(name) for name in self.config.order}
         self._tasks, self._layouts, self._text = {}, {}, None
+        self._check_config()
 
     def _stage_config(self, name: str) -> StageConfig:
         if name not in self.config.stages:
-            raise UserError(f"config.order names stage {name!r}; config.stages has {sorted(self.config.stages)}")
+            raise ConfigError(f"config.order names stage {name!r}; config.stages has {', '.join(self.config.stages)}")
         return call(StageConfig, self.config.stages[name], f"config.stages.{name}")
+
+    def _check_config(self) -> None:
+        """ConfigError for what would otherwise come to light only when a later stage begins."""
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        for name, stage in self.stages.items():
+            where = f"config.stages.{name}"
+            train = self.train_config(name)
+            if train.batch_size % ways:
+                raise ConfigError(f"{where}.train.batch_size: {train.batch_size} does not divide over {ways} devices")
+            build_optimizers(train, list(train.groups or self.task(name).groups), f"{where}.train.optim")
+            for held_out in (False, True):
+                arguments(open_pipeline, self._data_arguments(name, held_out), f"{where}.data")
+            for prefix, source in stage.init.items():
+                self._init_config(name, prefix, source)
+        if self.config.eval:
+            build(self.config.eval, "config.eval")
+        if self.config.generate:
+            generate = call(GenerateConfig, self.config.generate, "config.generate")
+            for name in (*generate.stages, *generate.knobs):
+                self.stage(name)
+                accepted = inspect.signature(self.task(name).sample).parameters
+                if unknown := sorted(set(generate.knobs.get(name, {})) - set(accepted)):
+                    raise ConfigError(f"config.generate.knobs.{name}: the stage's `sample` has no knob {unknown[0]!r}")
+
+    def _init_config(self, name: str, prefix: str, source: Mapping[str, Any]) -> InitConfig:
+        where = f"config.stages.{name}.init.{prefix}"
+        init = call(InitConfig, source, where)
+        if bool(init.stage) == (init.file is not None):
+            raise ConfigError(f"{where}: needs either 'stage' or 'file', got {sorted(source)}")
+        if init.stage and init.stage not in self.config.order[: self.config.order.index(name)]:
+            raise ConfigError(f"{where}.stage: {init.stage!r} is not a stage before {name!r}")
+        return init
 
     def stage(self, name: str) -> StageConfig:
         if name not in self.stages:
@@ -119,6 +171,8 @@ class Run:
         path = self.workdir / "config.json"
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
+            (self.workdir / ".writable").touch()
+            (self.workdir / ".writable").unlink(missing_ok=True)  # another host may have been here
             if not path.exists():
                 temporary = path.with_name("config.json.tmp")
                 temporary.write_text(to_json(self.recorded))
@@ -152,31 +206,27 @@ class Run:
     def text_tokenizer(self):
         """The text tokenizer, trained on the corpus once if the config says so; None for systems without text."""
         if self._text is None and self.config.text:
-            from vgen.data.open import open_captions
-            from vgen.data.text import open_tokenizer
-
             stage = self.stages[next(name for name in self.config.order if self.stages[name].data.get("text", True))]
             corpus = lambda: open_captions(**stage.data)
-            self._text = open_tokenizer(**self.config.text, corpus=corpus, cache=self.workdir / "tokenizer.json")
+            given = dict(corpus=corpus, cache=self.workdir / "tokenizer.json")
+            self._text = call(open_tokenizer, self.config.text | given, "config.text")
         return self._text
 
     def batches(self, name: str, *, held_out: bool = False):
         """An endless iterator over device batches of a stage (held_out: one pass over its evaluation data)."""
-        from vgen.data.open import open_pipeline
+        text = self.text_tokenizer() if self.stage(name).data.get("text", True) else None
+        settings = self._data_arguments(name, held_out) | dict(tokenizer=text)
+        return call(open_pipeline, settings, f"config.stages.{name}.data")
 
+    def _data_arguments(self, name: str, held_out: bool) -> dict[str, Any]:
+        """Arguments of `open_pipeline`, the text tokenizer left out."""
         stage, train = self.stage(name), self.train_config(name)
-        arguments = dict(stage.data)
-        if held_out:
-            arguments |= {key: value for key, value in stage.evaluate.items() if key != "batches"}
-        text = self.text_tokenizer() if arguments.pop("text", True) else None
-        return call(
-            open_pipeline,
-            arguments | dict(
-                batch_size=train.batch_size, seed=self.config.seed, tokenizer=text, cache_dir=self.workdir / "cache",
-                sharding=sharding.batch_sharding(self.mesh), train=not held_out,
-            ),
-            f"config.stages.{name}.data",
+        settings = stage.data | (stage.evaluate if held_out else {})
+        given = dict(
+            batch_size=train.batch_size, seed=self.config.seed, cache_dir=self.workdir / "cache",
+            sharding=sharding.batch_sharding(self.mesh), train=not held_out,
         )  # fmt: skip
+        return {key: value for key, value in settings.items() if key not in ("batches", "text")} | given
 
     def layout(self, name: str) -> states.Layout:
         if name not in self._layouts:
@@ -194,24 +244,22 @@ class Run:
             wanted = trees.subtree(shapes, prefix)
             if not wanted:
                 raise UserError(f"config.stages.{name}.init: {prefix!r} matches no parameter of the task")
-            flat, origin[prefix] = self._source(name, prefix, dict(source))
+            flat, origin[prefix] = self._source(name, prefix, source)
             trees.check_same(flat, wanted, f"stage {name}: init of {prefix!r} from {origin[prefix]}")
             values |= trees.add_prefix(flat, prefix)
         return values, origin
 
-    def _source(self, name: str, prefix: str, source: dict[str, Any]):
-        where = f"config.stages.{name}.init.{prefix}"
-        if "file" in source:
-            read = resolve(source.get("reader", "vgen.weights:read_weights"))
-            if not source["file"]:
-                raise UserError(f"{where}.file is empty: name the weight file, e.g. --{where}.file=PATH")
-            return trees.flatten(read(source["file"])), source
-        if "stage" not in source:
-            raise UserError(f"{where}: needs 'stage' or 'file', got {sorted(source)}")
-        flat, step = self.weights(source["stage"])
-        if source.get("without"):
-            flat = {path: leaf for path, leaf in flat.items() if not re.match(rf"({source['without']})/", path)}
-        return trees.subtree(flat, source.get("part", "")), source | {"step": step}
+    def _source(self, name: str, prefix: str, source: Mapping[str, Any]):
+        init = self._init_config(name, prefix, source)
+        if not init.stage:
+            if not init.file:
+                where = f"config.stages.{name}.init.{prefix}.file"
+                raise ConfigError(f"{where} is empty: name the weight file, e.g. --{where}=PATH")
+            return trees.flatten(resolve(init.reader)(init.file)), dict(source)
+        flat, step = self.weights(init.stage)
+        if init.without:
+            flat = {path: leaf for path, leaf in flat.items() if not re.match(rf"({init.without})/", path)}
+        return trees.subtree(flat, init.part), {**source, "step": step}
 
     def weights(self, name: str) -> tuple[dict[str, jax.Array], int]:
         """All parameters of a trained stage (its own, averaged, and the frozen ones it used) and their step."""
@@ -220,7 +268,7 @@ class Run:
         folder = self.folder(name)
         found = None
         if (folder / "checkpoints").is_dir():
-            checkpoints = Checkpoints(folder, keep=config.keep, keep_every=config.keep_every, warn=warn)
+            checkpoints = Checkpoints(folder, warn=warn, read_only=True)
             found = checkpoints.weights(lambda path, _: places[path])
             checkpoints.close()
         if found is None:
@@ -249,7 +297,8 @@ class Run:
             try:
                 return fit(
                     task, config, batches, layout=layout, mesh=self.mesh, key=key, given=given,
-                    checkpoints=checkpoints, log=log, should_stop=should_stop, hooks=self._hooks(name, config, given, log),
+                    checkpoints=checkpoints, log=log, should_stop=should_stop,
+                    hooks=self._hooks(name, config, given, log),
                 )  # fmt: skip
             finally:
                 log.finish()
@@ -309,15 +358,41 @@ class System:
         self.params = {name: trees.unflatten(run.weights(name)[0]) for name in self.names}
         self._functions = {name: jax.jit(run.task(name).sample) for name in self.names}
         self.text = run.text_tokenizer()
+        self.size = max(getattr(run.task(name), "size", 0) for name in self.names)
 
     def knobs(self, name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """A stage's sampling settings with the given ones (None = unset) on top; unknown ones are ignored there."""
+        """A stage's sampling settings with the given ones (None = unset) on top; one that it has not is left out."""
         known = dict(self.settings.knobs.get(name, {}))
+        dtypes = {key: jnp.int32 if isinstance(value, int) else jnp.float32 for key, value in known.items()}
         known |= {key: value for key, value in overrides.items() if key in known and value is not None}
-        return {
-            key: jnp.asarray(value, jnp.int32 if isinstance(value, int) else jnp.float32)
-            for key, value in known.items()
-        }
+        most = getattr(self.run.task(name), "max_steps", None)
+        if not 1 <= known.get("steps", 1) <= (most or known.get("steps", 1)):
+            raise UserError(f"steps of stage {name}: expected 1 to {most}, got {known['steps']}")
+        return {key: jnp.asarray(value, dtypes[key]) for key, value in known.items()}
+
+    def _check_overrides(self, overrides: Mapping[str, Any]) -> None:
+        known = {knob for name in self.names for knob in self.settings.knobs.get(name, {})}
+        unknown = sorted(key for key, value in overrides.items() if value is not None and key not in known)
+        if unknown:
+            raise UserError(
+                f"no stage has the knob {unknown[0]!r}; config.generate.knobs has {', '.join(sorted(known))}"
+            )
+
+    def _edited(self, image: np.ndarray | None, mask: np.ndarray | None) -> dict[str, Any]:
+        """Image and mask as conditions: their central square at the size of the largest stage, one per row."""
+        conds = {}
+        if image is not None:
+            conds["image"] = images.resize(image, self.size)
+        if mask is not None:
+            white = np.repeat(np.uint8(255) * np.asarray(mask, np.uint8)[..., None], 3, -1)
+            conds["mask"] = images.resize(white, self.size)[..., 0] > 16  # a pixel is new when any part of it is
+        return {name: self._spread(np.broadcast_to(x, (self.batch_size, *x.shape))) for name, x in conds.items()}
+
+    def _spread(self, x: np.ndarray) -> jax.Array:
+        """A batch on the devices, split over them where it divides."""
+        mesh = self.run.mesh
+        even = self.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+        return jax.device_put(x, sharding.batch_sharding(mesh) if even else sharding.replicated(mesh))
 
     def __call__(
         self,
@@ -332,12 +407,16 @@ class System:
     ) -> dict[str, np.ndarray]:
         """{stage: uint8 images [n, h, w, 3]}, one image per prompt, for every generating stage.
 
-        image: uint8 [h, w, 3] to edit; mask: bool [h, w], True where it is to be made anew (None with an image: edit
-        without a mask).  stages: only the first few.  overrides: guidance_scale, steps, ... (`generate.knobs`);
-        steps may be one number for the first stage or {stage: number}.
+        image: uint8 [h, w, 3] to edit, of which the central square is taken; mask: bool [h, w], True where it is to be
+        made anew (None with an image: edit without a mask).  stages: only the first few.
+        overrides: guidance_scale, steps, ... (`generate.knobs`); steps may be one number for the first stage or
+        {stage: number}.
+        Raises UserError for a knob that no stage has and for more steps than a stage can take.
         """
+        self._check_overrides(overrides)
+        edited = self._edited(image, mask)
         results = {name: [] for name in (stages or self.names)}
-        encode = lambda texts: tuple(jnp.asarray(x) for x in self.text(list(texts)))
+        encode = lambda texts: tuple(self._spread(x) for x in self.text(list(texts)))
         with jax.set_mesh(self.run.mesh):
             for start in range(0, len(prompts), self.batch_size):
                 chunk = list(prompts[start : start + self.batch_size])
@@ -346,10 +425,7 @@ class System:
                 conds["text"], conds["text_mask"] = encode(padded)
                 if negative:
                     conds["negative"], conds["negative_mask"] = encode([negative] * self.batch_size)
-                if image is not None:
-                    conds["image"] = jnp.asarray(np.broadcast_to(image, (self.batch_size, *image.shape)))
-                if mask is not None:
-                    conds["mask"] = jnp.asarray(np.broadcast_to(mask, (self.batch_size, *mask.shape)))
+                conds |= edited
                 key = jax.random.fold_in(jax.random.key(seed), start // self.batch_size)
                 for i, name in enumerate(results):
                     chosen = dict(overrides)
@@ -358,4 +434,4 @@ class System:
                     knobs = self.knobs(name, chosen)
                     conds |= self._functions[name](self.params[name], jax.random.fold_in(key, i), conds, **knobs)
                     results[name].append(np.asarray(conds["image_out"])[: len(chunk)])
-        return {name: np.concatenate(images) for name, images in results.items()}
+        return {name: np.concatenate(pictures) for name, pictures in results.items()}

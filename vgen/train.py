@@ -49,6 +49,17 @@ class TrainConfig:
     min_shard_size: int = 2**14
     frozen_dtype: str = "float32"
 
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "max_bad_steps", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into {self.accumulate} microbatches")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.frozen_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"frozen_dtype must be float32, bfloat16 or float16, got {self.frozen_dtype!r}")
+
 
 class Diverged(UserError):
     """The loss or its gradients were not finite too many steps in a row."""
@@ -221,7 +232,7 @@ def _loop(config, train_step, state, frozen, batches, rates, checkpoints, log, h
         if pending is not None:
             _report(config, log, *pending)
             pending = None
-        if config.log_every and (step % config.log_every == 0 or step == config.steps):
+        if step % (config.log_every or config.max_bad_steps) == 0 or step == config.steps:
             now, total_wait = time.perf_counter(), getattr(batches, "wait_seconds", 0.0)
             timing = {
                 "step_seconds": (now - clock) / (step - last_log),
@@ -233,10 +244,13 @@ def _loop(config, train_step, state, frozen, batches, rates, checkpoints, log, h
             clock, waited, last_log = now, total_wait, step
         elif log:
             log.tick(step)
+        stopping = should_stop() and step < config.steps
+        if pending is not None and (stopping or step == config.steps):
+            _report(config, log, *pending)
+            pending = None
         for hook in hooks:
             if hook.due(step, config.steps):
                 hook.run(step, state)
-        stopping = should_stop() and step < config.steps
         every = config.checkpoint_every
         if stopping or step == config.steps or (every and step % every == 0):
             save()
@@ -244,8 +258,6 @@ def _loop(config, train_step, state, frozen, batches, rates, checkpoints, log, h
             if checkpoints:
                 checkpoints.wait()
             raise Stopped(f"stopped at step {step} of {config.steps}")
-    if pending is not None:
-        _report(config, log, *pending)
     if log:
         log.finish()
     if checkpoints:
@@ -260,7 +272,7 @@ def _report(config, log, step, metrics, extra):
             f"the loss or its gradients were not finite for {config.max_bad_steps} steps in a row (now step {step}); "
             "lower the learning rate, set gradient clipping, or start from an earlier checkpoint"
         )
-    if log:
+    if log and config.log_every:
         log.scalars(step, values | extra)
 
 

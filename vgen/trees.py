@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from vgen.config import ConfigError
+
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dict -> {"a/b/c": leaf}, in sorted order of the paths."""
@@ -32,7 +34,7 @@ def add_prefix(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def group_paths(paths, groups: Mapping[str, str]) -> dict[str, list[str]]:
-    """{group: the paths whose first fully matching regex is the group's}; ValueError if a group matches nothing."""
+    """{group: the paths whose first fully matching regex is the group's}; ConfigError if a group matches nothing."""
     found: dict[str, list[str]] = {name: [] for name in groups}
     for path in paths:
         for name, pattern in groups.items():
@@ -41,7 +43,7 @@ def group_paths(paths, groups: Mapping[str, str]) -> dict[str, list[str]]:
                 break
     for name, members in found.items():
         if not members:
-            raise ValueError(
+            raise ConfigError(
                 f"group {name!r} ({groups[name]!r}) matches no parameter; there are e.g. {list(paths)[:5]}"
             )
     return found
@@ -58,7 +60,7 @@ def num_bytes(tree) -> int:
 
 
 def check_same(got: Mapping[str, Any], want: Mapping[str, Any], what: str) -> None:
-    """ValueError listing every missing, unexpected or misshapen entry of flat dict `got` against `want`."""
+    """ConfigError listing every missing, unexpected or misshapen entry of flat dict `got` against `want`."""
     problems = [f"missing {path} {tuple(want[path].shape)}" for path in want if path not in got]
     problems += [f"unexpected {path} {tuple(got[path].shape)}" for path in got if path not in want]
     problems += [
@@ -68,4 +70,4 @@ def check_same(got: Mapping[str, Any], want: Mapping[str, Any], what: str) -> No
     ]
     if problems:
         more = f" (and {len(problems) - 20} more)" if len(problems) > 20 else ""
-        raise ValueError(f"{what} does not fit: " + "; ".join(problems[:20]) + more)
+        raise ConfigError(f"{what} does not fit: " + "; ".join(problems[:20]) + more)

@@ -239,7 +239,7 @@ def test_prompts_are_distinct_and_reproducible():
     assert any((thing.colour, thing.shape) in MINI.heldout for thing in parse(caption).objects)
   tiny = World(colours=("red",), shapes=("ring", "star"), textures=("solid",), sizes=("large",), max_objects=1)
   with pytest.raises(ValueError, match="found only"):
-    prompts(tiny, 1000)
+    prompts(tiny, 100)
 
 
 def test_parse_what_people_type():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.golden import golden
+from vgen.config import UserError
 from vgen.metrics import lpips as m
 
 LAYERS = [f"layer{i}" for i in range(5)]
@@ -70,10 +71,10 @@ def test_pth_files_are_read_without_running_code(gold, weights_file, tmp_path):
 
 
 def test_load_errors(gold, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.npz"):
+    with pytest.raises(UserError, match="nothing.npz"):
         m.load_lpips(tmp_path / "nothing.npz")
     (tmp_path / "w.onnx").write_bytes(b"")
-    with pytest.raises(ValueError, match="accepted: .safetensors"):
+    with pytest.raises(UserError, match="expected .safetensors"):
         m.load_lpips(tmp_path / "w.onnx")
     bad = dict(gold["weights"])
     bad["lin0.model.1.weight"] = np.zeros((1, 65, 1, 1), np.float32)

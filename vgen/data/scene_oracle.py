@@ -33,7 +33,8 @@ _CELLS, _REACH = 512, 1.6  # resolution and half-width in radii of the template 
 class Reading(NamedTuple):
   """What the oracle sees.
 
-  objects: the recognised ones, in reading order of their topmost pixel; a texture may be "unknown".
+  objects: the recognised ones, from the top down; texture may be "unknown", and so may shape, of an almost-object.
+    Empty where more blobs are unknown than recognised: such a picture is no scene.
   background: its name, or None where no background of the world covers a fair part of the picture.
   unknown: how many further blobs are in the picture that are no object of this world.
   """
@@ -131,25 +132,25 @@ def label(mask: np.ndarray) -> tuple[Int[np.ndarray, "h w"], int]:
   rows, starts = (a.tolist() for a in np.nonzero(edges == 1))
   ends = np.nonzero(edges == -1)[1].tolist()
   parent = list(range(len(rows)))
-
-  def root(i: int) -> int:
-    while parent[i] != i:
-      parent[i] = i = parent[parent[i]]
-    return i
-
   above = 0  # the first run of the row before that may still touch
   for i, row in enumerate(rows):
     while rows[above] < row - 1 or (rows[above] == row - 1 and ends[above] <= starts[i]):
       above += 1
     j = above
     while j < i and rows[j] == row - 1 and starts[j] < ends[i]:
-      parent[root(i)] = root(j)
+      parent[_root(parent, i)] = _root(parent, j)
       j += 1
   numbers: dict[int, int] = {}
   labels = np.zeros((height, width), np.int32)
   for i, row in enumerate(rows):
-    labels[row, starts[i] : ends[i]] = numbers.setdefault(root(i), len(numbers) + 1)
+    labels[row, starts[i] : ends[i]] = numbers.setdefault(_root(parent, i), len(numbers) + 1)
   return labels, len(numbers)
+
+
+def _root(parent: list[int], i: int) -> int:
+  while parent[i] != i:
+    parent[i] = i = parent[parent[i]]
+  return i
 
 
 def _least_area(world: World, size: int) -> float:
@@ -191,7 +192,7 @@ def _recognise(pixels, back, labels, blob, count: int, world: World) -> SceneObj
   else:
     texture = ""
   opacity = opacity * nearby
-  shape, fit, x, y, radius = _shape(opacity, max(1.0, size / 32), world)
+  fit, shape, x, y, radius = _shape(opacity, max(1.0, size / 32), world)
   diameter = 2 * radius / size / crowding(count)
   sizes = world.sizes
   named = min(sizes, key=lambda s: abs(np.log(diameter / DIAMETERS[s])))
@@ -271,34 +272,44 @@ def _moments(shape: str) -> tuple[float, float, float]:
 def coverage(name: str, x: np.ndarray, y: np.ndarray, width: float) -> np.ndarray:
   """Mean of a table over boxes of side `width` centred at columns x [w], rows y [h] (in radii): [h, w] in [0, 1]."""
   table, scale = _table(name), _CELLS / (2 * _REACH)
-
-  def corner(at: np.ndarray) -> np.ndarray:
-    return np.minimum(np.maximum((at + _REACH) * scale + 0.5, 0), _CELLS).astype(np.int32)
-
-  lo, hi = table[corner(y - width / 2)], table[corner(y + width / 2)]
-  rows = hi - lo
-  return (rows[:, corner(x + width / 2)] - rows[:, corner(x - width / 2)]) / (width * scale) ** 2
+  half = width / 2
+  rows = table[_corner(y + half)] - table[_corner(y - half)]
+  return (rows[:, _corner(x + half)] - rows[:, _corner(x - half)]) / (width * scale) ** 2
 
 
-def _shape(opacity: np.ndarray, blur: float, world: World) -> tuple[str, float, float, float, float]:
-  """Best shape, its fit, centre and radius (pixels of the window)."""
+def _corner(at: np.ndarray) -> np.ndarray:
+  """Index into a table of a coordinate in radii."""
+  return np.minimum(np.maximum((at + _REACH) * (_CELLS / (2 * _REACH)) + 0.5, 0), _CELLS).astype(np.int32)
+
+
+class _Fit(NamedTuple):
+  """How well a shape explains an opacity (0 to 1), and the centre and radius it has then, in pixels of the window."""
+
+  fit: float
+  shape: str
+  x: float
+  y: float
+  radius: float
+
+
+def _shape(opacity: np.ndarray, blur: float, world: World) -> _Fit:
+  """The best fit of any shape: all of them sharp, then the three best also soft; `blur` scales the softness."""
+  likely = sorted((_fit(opacity, shape, 1.0) for shape in world.shapes), reverse=True)[:3]
+  return max(likely + [_fit(opacity, each.shape, softness * blur) for each in likely for softness in SOFTNESS])
+
+
+def _fit(opacity: np.ndarray, shape: str, softness: float) -> _Fit:
+  """Soft intersection over union of an opacity [h, w] with a shape of the same area and centroid."""
   height, width = opacity.shape
   columns, rows = np.arange(width) + 0.5, np.arange(height) + 0.5
-  mass = opacity.sum() + 1e-6
-  cx, cy = opacity.sum(0) @ columns / mass, opacity.sum(1) @ rows / mass
-
-  def fits(shape: str, softness: float) -> tuple[float, str, float, float, float]:
-    area, mx, my = _moments(shape)
-    radius = np.sqrt(mass / area)
-    x, y = cx - mx * radius, cy - my * radius
-    template = coverage(shape, (columns - x) / radius, (rows - y) / radius, softness / radius)
-    both = np.minimum(template, opacity).sum()
-    return float(both / (template.sum() + mass - both)), shape, float(x), float(y), float(radius)
-
-  likely = sorted((fits(shape, 1.0) for shape in world.shapes), reverse=True)[:3]
-  softer = [fits(entry[1], softness * blur) for entry in likely for softness in SOFTNESS]
-  fit, shape, x, y, radius = max(likely + softer)
-  return shape, fit, x, y, radius
+  mass = float(opacity.sum()) + 1e-6
+  area, mx, my = _moments(shape)
+  radius = np.sqrt(mass / area)
+  x = opacity.sum(0) @ columns / mass - mx * radius
+  y = opacity.sum(1) @ rows / mass - my * radius
+  template = coverage(shape, (columns - x) / radius, (rows - y) / radius, softness / radius)
+  both = np.minimum(template, opacity).sum()
+  return _Fit(float(both / (template.sum() + mass - both)), shape, float(x), float(y), float(radius))
 
 
 def _texture(inked: np.ndarray, opacity: np.ndarray, x: float, y: float, radius: float, world: World) -> str:

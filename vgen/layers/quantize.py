@@ -116,7 +116,7 @@ def ema_update(
     *,
     decay: float = 0.99,
     eps: float = 1e-5,
-    revive_below: float = 0.0,
+    revive_below: float | Float[Array, ""] = 0.0,
     normalize: bool = False,
 ) -> dict[str, Array]:
     """Moves the codebook to the running mean of the latents that chose each code (VQ-VAE, appendix A.1; VQ-VAE-2).

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vgen import sharding
 from vgen.layers.attention import MultiHeadAttention
 
 
@@ -191,7 +192,7 @@ def stack(
     Call it in the compact method of the module that owns the block: x = stack(Block(..., name="layers"), x, depth=24).
     remat: what the backward pass recomputes: "none", "dots" (all but matrix products of weights) or "full".
     unroll: layers per loop iteration; `depth` leaves no loop, which is faster where layers are small.
-    constrain: x -> x between layers, for the sharding of activations.  collect: return (x, every layer's output
+    constrain: x -> x between layers (None: `vgen.sharding.constrain`, the batch axis over the mesh).  collect: return (x, every layer's output
     [depth, b, n, width]).  kwargs go to every layer, which also receives layer=its traced index.
     Raises ValueError for an unknown remat.
     """
@@ -200,7 +201,7 @@ def stack(
 
     def body(block, x, layer):
         x = block(x, layer=layer, **kwargs)
-        x = x if constrain is None else constrain(x)
+        x = (constrain or sharding.constrain)(x)
         return x, (x if collect else None)
 
     if remat != "none":

@@ -4,7 +4,6 @@ Sources: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features" (p
 Laparra et al. 2016, "Perceptual image quality assessment using a normalized Laplacian pyramid".
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float
 
 from vgen.models.vgg import VGG16, WIDTHS
 from vgen.types import Params
+from vgen.weights import read_weights
 
 SHIFT = np.float32((-0.030, -0.088, -0.188))  # float32 buffers in the package, so that float64 runs agree
 SCALE = np.float32((0.458, 0.448, 0.450))
@@ -85,7 +85,7 @@ def load_lpips(paths: str | Path | Sequence[str | Path]) -> dict[str, Any]:
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     found: dict[str, np.ndarray] = {}
     for path in paths:
-        for name, value in _read(Path(path)).items():
+        for name, value in read_weights(path).items():
             if (ours := _rename(name)) is None:
                 continue
             if ours in found and not np.array_equal(found[ours], value):
@@ -125,40 +125,6 @@ def _rename(name: str) -> str | None:
         conv = CONV_NAMES[TORCH_INDEX.index(int(match[1]))]
         return f"vgg/{conv}/{'kernel' if match[2] == 'weight' else 'bias'}"
     return None
-
-
-def _read(path: Path) -> Mapping[str, np.ndarray]:
-    if not path.is_file():
-        raise FileNotFoundError(f"LPIPS weights: no file {path}")
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as z:
-            return {k: z[k] for k in z.files}
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in (".pth", ".pt"):
-        try:
-            import torch
-        except ImportError as e:
-            raise ImportError(f"LPIPS weights: reading {path} needs PyTorch, or convert it to .safetensors") from e
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {k: v.float().numpy() for k, v in state.items()}
-    raise ValueError(f"LPIPS weights: {path} has suffix {path.suffix!r}, accepted: .safetensors, .npz, .pth, .pt")
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The format is a JSON header, its length ahead of it in eight bytes, and raw little-endian arrays behind it."""
-    types = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    header.pop("__metadata__", None)
-    out = {}
-    for name, info in header.items():
-        if info["dtype"] not in types:
-            raise ValueError(f"LPIPS weights: {name} in {path} is {info['dtype']}, accepted: {', '.join(types)}")
-        low, high = info["data_offsets"]
-        out[name] = np.frombuffer(data[start + low : start + high], types[info["dtype"]]).reshape(info["shape"])
-    return out
 
 
 # ------------------------------------------------------------------------------------------------- without any weights

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vgen.layers.embed import RelativeBias
 from vgen.layers.transformer import Block, norm_layer, stack
+from vgen.weights import read_weights
 
 XXL = dict(depth=24, width=4096, heads=64, head_dim=64, mlp_dim=10_240)  # version 1.1: t5-v1_1-xxl, flan-t5-xxl
 XL = dict(depth=24, width=2048, heads=32, head_dim=64, mlp_dim=5120)
@@ -130,3 +132,8 @@ def from_torch_state(state: Mapping[str, np.ndarray]) -> dict:
             node = node.setdefault(parent, {})
         node[leaf] = found[None] if None in found else np.stack([found[i] for i in range(depth)])
     return params
+
+
+def load(path: str | Path) -> dict:
+    """Parameters of a T5Encoder from a weight file with the names of `transformers` (see `vgen.weights.read_weights`)."""
+    return from_torch_state(read_weights(path))

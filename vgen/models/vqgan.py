@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from vgen.layers.conv import Downsample, GroupNorm, ResBlock, SpatialAttention, Upsample
 from vgen.layers.quantize import Quantized, VectorQuantizer
+from vgen.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Level(nn.Module):
             )(x)
             if self.attention[i]:
                 x = attn(groups=self.groups, dtype=self.dtype, name=f"attn_{i}")(x)
-        return x
+        return constrain(x)
 
 
 class _Half(nn.Module):

@@ -36,6 +36,9 @@ class Autoencode:
       the decoder's last layer (taming, eq. 7).  r1: weight gamma / 2 of the penalty on real images (MaskGIT: 10 / 2);
       only for a discriminator without batch normalisation.
     decay, revive_below: of an averaged codebook (`layers.quantize.ema_update`), when model.ema.
+    continuous_steps: with an averaged codebook, so many first steps train the autoencoder without quantising, while the
+      codes are redrawn from the latents of every batch: the codebook starts where the latents are, and none is wasted
+      (the data-dependent start of Lancucki et al. 2020, "Robust training of vector quantized bottleneck models").
     crop_size, downsampled: 0 trains on whole images.  Otherwise on crop_size x crop_size views: the first `downsampled`
       share of a batch is the whole image reduced to that size, the rest are random crops, so that one tokenizer
       serves both resolutions of a cascade.
@@ -55,6 +58,7 @@ class Autoencode:
     r1: float = 0.0
     decay: float = 0.99
     revive_below: float = 0.0
+    continuous_steps: int = 0
     crop_size: int = 0
     downsampled: float = 0.5
 
@@ -63,6 +67,8 @@ class Autoencode:
             raise ValueError(f"Autoencode: train must be 'all' or 'decoder', got {self.train!r}")
         if self.gan_loss not in ("hinge", "nonsaturating"):
             raise ValueError(f"Autoencode: gan_loss must be 'hinge' or 'nonsaturating', got {self.gan_loss!r}")
+        if self.continuous_steps and not (self.model.ema and self.train == "all"):
+            raise ValueError("Autoencode: continuous_steps needs model.ema and train='all'")
         if self.r1 and self.discriminator is not None and self.discriminator.norm == "batch":
             raise ValueError("Autoencode: r1 needs a discriminator whose norm is 'group' or 'none', got 'batch'")
         if self.perceptual_kind not in ("features", "lpips"):
@@ -101,8 +107,10 @@ class Autoencode:
 
         z = apply("encode", x)
         q = apply("quantize", z)
+        continuous = ctx.step < self.continuous_steps
+        z_q = jnp.where(continuous, z.astype(q.z_q.dtype), q.z_q) if self.continuous_steps else q.z_q
         # The decoder is linear in its last kernel: a vjp in it alone gives the gradients that the adaptive weight needs.
-        decode = lambda kernel: self.model.apply({"params": _with(params, LAST_LAYER, kernel)}, q.z_q, method="decode")
+        decode = lambda kernel: self.model.apply({"params": _with(params, LAST_LAYER, kernel)}, z_q, method="decode")
         x_hat, last_vjp = jax.vjp(decode, params["decoder"]["conv_out"]["kernel"])
 
         detached = jax.lax.stop_gradient(x_hat)
@@ -131,12 +139,12 @@ class Autoencode:
         pulled = (jax.lax.stop_gradient(grad) * x_hat).sum()
         value = value + pulled - jax.lax.stop_gradient(pulled)
         if self.train == "all":
-            value = value + sum(q.losses.values())
+            value = value + jnp.where(continuous, 0.0, sum(q.losses.values()))
             metrics |= {f"codebook/{name}": term for name, term in q.losses.items()}
             if self.model.ema:
                 state = ema_update(
                     params["quantizer"], z.reshape(-1, z.shape[-1]), q.indices.reshape(-1), code_key, decay=self.decay,
-                    revive_below=self.revive_below, normalize=self.model.normalize,
+                    revive_below=jnp.where(continuous, jnp.inf, self.revive_below), normalize=self.model.normalize,
                 )  # fmt: skip
                 updates = {f"quantizer/{name}": leaf for name, leaf in state.items()}
         return {"gen": Loss(value, metrics, updates)} | losses

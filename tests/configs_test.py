@@ -1,0 +1,179 @@
+"""Every config file: its page, its scales, two real steps of its smallest one, and the published sizes."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core
+
+from vgen import state as states
+from vgen import trees
+from vgen.stages import Run
+from vgen.types import Context
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(ROOT.glob("configs/*.py"))
+SECTIONS = ("Paper", "Parts", "Commands", "Published numbers", "Measured numbers")
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+
+def run_of(path: Path, scale: str, workdir="unused") -> Run:
+    """A scale of a config on one device, with nothing opened."""
+    config = runpy.run_path(str(path))["get_config"](scale)
+    config.mesh = dict()
+    return Run(config, workdir)
+
+
+@every_config
+def test_docstring_has_its_sections(path):
+    doc = runpy.run_path(str(path))["__doc__"]
+    found = [line for line in doc.splitlines() if line in SECTIONS]
+    assert found == list(SECTIONS), "each section once, in this order, its name alone on a line"
+    for name, text in zip(SECTIONS, re.split("|".join(f"\n{name}\n" for name in SECTIONS), doc)[1:]):
+        assert text.strip(), f"section {name} is empty"
+    assert f"--config=configs/{path.name}" in doc
+
+
+@every_config
+def test_readme_has_a_row(path):
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("|")]
+    assert any(f"configs/{path.name}" in row for row in rows)
+
+
+@every_config
+def test_every_scale_builds(path):
+    module = runpy.run_path(str(path))
+    assert {"tiny", "mini", "paper"} <= set(module["SCALES"])
+    for scale in module["SCALES"]:
+        run = run_of(path, scale)
+        assert (run.config.scale, run.config.name) == (scale, path.stem)
+        assert all(run.task(name).groups for name in run.stages)
+    with pytest.raises(ValueError, match="scale must be one of tiny"):
+        module["get_config"]("huge")
+    assert module["get_config"]() == module["get_config"]("mini")
+
+
+def test_two_steps_of_every_stage(tiny_run):
+    for name in tiny_run.stages:
+        assert tiny_run.train_config(name).steps == 2
+        weights, step = tiny_run.weights(name)
+        assert step == 2 and all(np.isfinite(value).all() for value in weights.values())
+        rows = [json.loads(line) for line in (tiny_run.folder(name) / "metrics.jsonl").read_text().splitlines()]
+        losses = [value for row in rows for key, value in row.items() if key.startswith("loss")]
+        assert losses and all(value is not None for value in losses) and rows[-1].get("skipped", 0) == 0
+        assert list((tiny_run.folder(name) / "pictures").glob("*_0000002.png"))
+        assert json.loads((tiny_run.folder(name) / "eval.json").read_text())["step"] == 2
+    report = json.loads((tiny_run.workdir / "eval.json").read_text())
+    assert set(report["stages"]) == set(tiny_run.stages)
+    generating = list(tiny_run.config.generate["stages"])
+    assert set(report["scores"]) == {name + end for name in generating for end in ("", "_guidance_off")}
+    count = len(tiny_run.config.prompts)
+    for name in generating:
+        assert len(list((tiny_run.workdir / "samples").glob(f"{name}_0*.png"))) == count
+
+
+def test_training_changed_the_trained_parameters_alone(tiny_run):
+    tokenizer, decoder = (tiny_run.weights(name)[0] for name in ("tokenizer", "decoder"))
+    base, superres = (tiny_run.weights(name)[0] for name in ("base", "superres"))
+    for path in trees.subtree(tokenizer, "encoder"):
+        np.testing.assert_array_equal(decoder[f"encoder/{path}"], tokenizer[f"encoder/{path}"])
+    for path, value in trees.subtree(base, "tokenizer").items():
+        np.testing.assert_array_equal(value, decoder[path])
+        np.testing.assert_array_equal(value, superres[f"tokenizer/{path}"])
+    for path, value in trees.subtree(superres, "text_encoder").items():
+        np.testing.assert_array_equal(value, base[f"text_encoder/{path}"])
+
+
+def depends(jaxpr) -> list[bool]:
+    """Whether each output depends on any input, taking every equation to mix all that enters it."""
+    reached = set(jaxpr.invars)
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(x, core.Literal) and x in reached for x in eqn.invars):
+            reached |= set(eqn.outvars)
+    return [not isinstance(x, core.Literal) and x in reached for x in jaxpr.outvars]
+
+
+def test_no_group_has_a_gradient_in_another(tiny_run):
+    """What lets one backward pass serve all groups. Traced only: a gradient that is zero depends on nothing."""
+    checked = 0
+    for name in tiny_run.stages:
+        layout, task = tiny_run.layout(name), tiny_run.task(name)
+        for group in layout.groups if len(layout.groups) > 1 else ():
+
+            def gradients(flat, batch, key):
+                loss = lambda p: task.losses(trees.unflatten(p), Context(jnp.int32(10**6)), batch, key)[group].value
+                return jax.grad(loss)(flat)
+
+            jaxpr = jax.make_jaxpr(gradients)(layout.shapes, layout.batch, jax.random.key(0)).jaxpr
+            found = dict(zip(sorted(layout.shapes), depends(jaxpr)))
+            for other, paths in layout.groups.items():
+                reached = [path for path in paths if found[path]]
+                if other == group:
+                    assert len(reached) > len(paths) / 2, f"{name}: {group} does not train itself"
+                else:
+                    assert not reached, f"{name}: the loss of {group} has gradients in {other}: {reached[:3]}"
+                    checked += 1
+    assert checked
+
+
+# ------------------------------------------------------------------------------------------------ published sizes
+
+
+def sizes(run: Run, name: str) -> dict[str, int]:
+    """{part: number of parameters} of a stage, from shapes alone; the transformer is split into its parts."""
+    size, length = run.stage(name).data["size"], run.config.text["length"]
+    batch = {
+        "image": jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8),
+        "text": jax.ShapeDtypeStruct((1, length), jnp.int32),
+        "text_mask": jax.ShapeDtypeStruct((1, length), bool),
+    }
+    counts = {}
+    for path, leaf in states.Layout(run.task(name), batch).shapes.items():
+        part = re.match(r"transformer/[^/]*|[^/]*", path).group()
+        counts[part] = counts.get(part, 0) + leaf.size
+    return counts
+
+
+def test_muse_has_its_published_sizes():
+    run = run_of(ROOT / "configs" / "muse.py", "paper")
+    published = run.config.published
+    base, superres = sizes(run, "base"), sizes(run, "superres")
+    layers = published["transformer_layers"]
+    assert base["transformer/layers"] == pytest.approx(layers["base_3b"], rel=0.01)
+    both = superres["transformer/layers"] + superres["transformer/low_layers"]
+    assert both == pytest.approx(layers["superres"], rel=0.01)
+    assert base["text_encoder"] == superres["text_encoder"] == published["t5_xxl"] == 4_762_310_656
+
+    from vgen.models.muse import BASE_632M
+
+    spec = run.stage("base").task
+    spec["transformer"] = {k: v for k, v in spec["transformer"].items() if k not in BASE_632M} | BASE_632M
+    small = run_of(ROOT / "configs" / "muse.py", "paper")
+    small.stages["base"].task.update(spec)
+    small._tasks.clear()
+    assert sizes(small, "base")["transformer/layers"] == pytest.approx(layers["base_632m"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "resolution, encoder, decoder, large",
+    [("low", 23_775_104, 30_478_339, 218_632_195), ("high", 21_413_760, 27_526_915, 197_389_827)],
+)
+def test_muse_has_its_published_tokenizers(resolution, encoder, decoder, large):
+    """The counts follow from the published shapes: 128 channels, 2 blocks a level; 256 and 4 in the larger decoder."""
+    run = run_of(ROOT / "configs" / "muse.py", "paper")
+    published = run.config.published["tokenizer"]
+    plain, fine = sizes(run, f"tokenizer_{resolution}"), sizes(run, f"decoder_{resolution}")
+    assert (plain["encoder"], plain["decoder"]) == (encoder, decoder)
+    assert (fine["encoder"], fine["decoder"]) == (encoder, large)
+    assert plain["quantizer"] == fine["quantizer"] == published["num_codes"] * 256
+    models = [run.task(f"{stage}_{resolution}").model for stage in ("tokenizer", "decoder")]
+    for key in ("num_codes", "channels", "blocks"):
+        assert all(getattr(model, key) == published[key] for model in models)
+    for key in ("decoder_channels", "decoder_blocks"):
+        assert getattr(models[1], key) == published[key]
+    assert models[0].downsampling == {"low": 16, "high": 8}[resolution]

@@ -1,0 +1,144 @@
+"""Training on 8 emulated devices gives the losses of one device, whatever the mesh."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TENSOR = (
+    (r".*(q|k|v|fc1)/kernel", ("fsdp", "tensor")),  # by columns, then by rows
+    (r".*layers/.*(out|fc2)/kernel", ("tensor", "fsdp")),
+)
+MESHES = {
+    "toy": (
+        (dict(data=8), ()),
+        (dict(data=2, fsdp=4), ()),
+        (dict(fsdp=2, tensor=4), ((".*kernel", ("fsdp", "tensor")),)),
+    ),
+    "muse": ((dict(data=2, fsdp=4), ()), (dict(fsdp=2, tensor=4), TENSOR)),
+}
+
+
+def toy(mesh, rules):
+    """Losses and final parameters of 6 steps of the toy with a stage's usual optimiser."""
+    from tests.toy import Linear, settings, train
+
+    config = settings(
+        6, optim={"main": dict(lr=0.01, weight_decay=0.1, clip=1.0)}, ema_decay=0.9, log_every=1, accumulate=2,
+        batch_size=16, rules=rules, min_shard_size=0,
+    )  # fmt: skip
+    log = Losses()
+    state = train(Linear(width=16), config, mesh=mesh, log=log)
+    return log.values, state
+
+
+def muse(mesh, rules):
+    """Losses of 3 steps of the base model of Muse's smallest scale, on noise."""
+    import jax
+    import numpy as np
+
+    from tests.toy import Stream, settings
+    from vgen import sharding
+    from vgen import state as states
+    from vgen.config import build
+    from vgen.train import fit
+
+    spec = tiny().stages.base.task
+    spec.transformer.unroll = 1
+    task = build(spec)
+
+    class Noise(Stream):
+        def __next__(self):
+            rng, self.k = np.random.default_rng(self.k), self.k + 1
+            batch = {
+                "image": rng.integers(0, 256, (8, task.size, task.size, 3)).astype(np.uint8),
+                "text": rng.integers(1, 300, (8, 24)).astype(np.int32),
+                "text_mask": np.arange(24) < rng.integers(1, 24, (8, 1)),
+            }
+            return jax.device_put(batch, self.sharding)
+
+    stream = Noise(8, sharding.batch_sharding(mesh))
+    layout = states.Layout(task, next(Noise()))
+    given = jax.jit(lambda key: layout.pick(layout.frozen, key))(jax.random.key(5))
+    config = settings(
+        3, optim={"main": dict(lr=1e-3, weight_decay=0.02, clip=1.0)}, ema_decay=0.9, log_every=1, rules=rules,
+        min_shard_size=0,
+    )  # fmt: skip
+    log = Losses()
+    state = fit(task, config, stream, layout=layout, mesh=mesh, key=jax.random.key(0), given=given, log=log)
+    return log.values, state
+
+
+class Losses:
+    """A log of losses alone."""
+
+    def __init__(self):
+        self.values = []
+
+    def start(self, *_): ...
+
+    def tick(self, step): ...
+
+    def finish(self): ...
+
+    def scalars(self, step, values):
+        self.values.append(values["loss"])
+
+
+def tiny():
+    import runpy
+
+    return runpy.run_path(str(ROOT / "configs" / "muse.py"))["get_config"]("tiny")
+
+
+def main(name: str) -> dict:
+    """Run one task on one device and on every mesh: the largest relative difference of a loss, and what was split."""
+    import jax
+    import numpy as np
+
+    from vgen.sharding import make_mesh
+
+    run = globals()[name]
+    want, _ = run(make_mesh(devices=jax.devices()[:1]), ())
+    report = {"losses": want, "devices": len(jax.devices())}
+    for sizes, rules in MESHES[name]:
+        got, state = run(make_mesh(**sizes), rules)
+        report[str(sizes)] = {
+            "difference": float(max(abs(np.float64(got) - want) / np.abs(want))),
+            "split": sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params)),
+            "moments": sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.opt)),
+            "share": min(leaf.addressable_shards[0].data.size / leaf.size for leaf in state.params.values()),
+        }
+    return report
+
+
+@pytest.mark.parametrize("name", ["toy", "muse"])
+def test_eight_devices_give_the_losses_of_one(name):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.devices_test", name],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["devices"] == 8 and len(set(report["losses"])) > 1
+    print(f"\n{name} on 8 devices, largest relative difference of a loss:")
+    for sizes, _ in MESHES[name]:
+        found = report[str(sizes)]
+        print(f"  {sizes}: {found['difference']:.1e}, {found['split']} parameters split")
+        assert found["difference"] <= 1e-5
+        assert (found["split"] > 0) == ("fsdp" in sizes) and found["moments"] == 2 * found["split"]
+        assert found["share"] == 1 / sizes.get("fsdp", 1) / sizes.get("tensor", 1)
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1])))
