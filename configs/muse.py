@@ -13,11 +13,11 @@ Parts
 
 Commands
   python -m vgen.main --config=configs/muse.py --workdir=runs/muse
-  python -m vgen.main --config=configs/muse.py --workdir=runs/muse --mode=sample --prompt="a red circle left of a blue star"
-  python -m vgen.main --config=configs/muse.py --workdir=runs/muse --mode=sample --image=in.png --mask=mask.png --prompt="..."
+  python -m vgen.main --config=configs/muse.py --workdir=runs/muse --mode=sample --prompt="a red circle"
+  (with --image=in.png --mask=mask.png: inpainting and outpainting; with --image alone: mask-free editing)
   python -m vgen.main --config=configs/muse.py --workdir=runs/muse --mode=eval
   python -m vgen.main --config=configs/muse.py:photos --workdir=runs/photos
-  python -m vgen.main --config=configs/muse.py:paper --workdir=gs://... (data and T5 weights: see `paper` below)
+  python -m vgen.main --config=configs/muse.py:paper --workdir=DIR (your data and T5 weights: see `_paper`)
 
 Published numbers
   CC3M: FID 6.8, CLIP 0.25 (base, 632M); 6.06, 0.26 with super-resolution. COCO zero-shot, 3B: FID 7.88, CLIP 0.32.
@@ -31,10 +31,10 @@ from ml_collections import ConfigDict
 
 SCALES = ("tiny", "mini", "small", "paper", "photos")
 
-# Of tiny and mini: one or two large objects, four shapes, eight colours, plain, on three backgrounds.
+# Of tiny and mini: one or two large objects, four shapes, six colours, plain, on two backgrounds.
 WORLD = dict(
     shapes=("circle", "square", "triangle", "star"), textures=("solid",), sizes=("large",),
-    backgrounds=("white", "grey", "sky"), max_objects=2,
+    colours=("red", "yellow", "green", "blue", "purple", "cyan"), backgrounds=("white", "grey"), max_objects=2,
 )  # fmt: skip
 
 # MaskGIT's layout with biases and with shortcuts that start at the block's input, as taming's: the released shortcut
@@ -64,7 +64,8 @@ def get_config(scale: str = "mini") -> ConfigDict:
 
 
 def _world(
-    *, size, world, cached, eval_count, tokenizer, decoder, discriminator, autoencode, base, superres, text, steps, batch, lr, adversarial_start,
+    *, size, world, cached, eval_count, tokenizer, decoder, discriminator, autoencode, base, superres, text, steps,
+    batch, lr, adversarial_start,
     generate, max_steps, eval_prompts, prompts,
 ):  # fmt: skip
     """All four stages on scenes, with one tokenizer for both resolutions; `size` is that of super-resolution."""
@@ -78,12 +79,15 @@ def _world(
     small_data = dict(data, size=low, cached=cached)  # the base model alone is fast enough to wait for the drawing
     held_out = dict(split="heldout", cached=0, options=dict(world=world, count=eval_count), batches=4)
     codes = tokenizer["num_codes"]
-    encoder = dict(target="vgen.models.text:TextTransformer", length=text["length"], vocab=text["vocab_size"], **text["net"])
+    encoder = dict(
+        target="vgen.models.text:TextTransformer", length=text["length"], vocab=text["vocab_size"], **text["net"]
+    )
 
     def train(stage, **kwargs):
         optim = {group: dict(lr=lr[stage], warmup=min(100, steps[stage] // 10), clip=1.0, end=0.02, b2=0.99,
                              weight_decay=0.02) for group in kwargs.pop("groups_of", ("main",))}  # fmt: skip
-        return dict(steps=steps[stage], batch_size=batch[stage], optim=optim, ema_decay=0.998, **kwargs)
+        return dict(steps=steps[stage], batch_size=batch[stage], optim=optim, ema_decay=0.998,
+                    checkpoint_every=steps[stage] // 4, **kwargs)  # fmt: skip
 
     def tokens(transformer, **kwargs):
         return dict(target="vgen.tasks.tokens:MaskedTokens", tokenizer=large, text_encoder=encoder,
@@ -99,6 +103,7 @@ def _world(
     tuned = ("encoder", "quantizer") if decoder else ("encoder", "quantizer", "decoder")  # of equal size: a warm start
     superres = dict(target="vgen.models.muse:SuperResTransformer", vocab=codes, grid=grids["high"], low_vocab=codes,
                     low_grid=grids["low"], **superres)  # fmt: skip
+    whole = dict(stage="decoder", without="discriminator|lpips")
     stages = dict(
         tokenizer=dict(
             task=first, data=dict(data, text=False), evaluate=dict(held_out, batches=8), train=first_train,
@@ -111,12 +116,12 @@ def _world(
         base=dict(
             task=tokens(dict(target="vgen.models.muse:BaseTransformer", vocab=codes, grid=grids["low"], **base),
                         size=low, train_text=True),
-            data=small_data, evaluate=held_out, train=train("base"), init=dict(tokenizer=dict(stage="decoder", without="discriminator|lpips")),
+            data=small_data, evaluate=held_out, train=train("base"), init=dict(tokenizer=whole),
         ),
         superres=dict(
             task=tokens(superres, size=size, low_size=low),
             data=data, evaluate=held_out, train=train("superres"),
-            init=dict(tokenizer=dict(stage="decoder", without="discriminator|lpips"), text_encoder=dict(stage="base", part="text_encoder")),
+            init=dict(tokenizer=whole, text_encoder=dict(stage="base", part="text_encoder")),
         ),
     )  # fmt: skip
     return dict(
@@ -124,19 +129,24 @@ def _world(
         order=("tokenizer", "decoder", "base", "superres"),
         text=dict(kind="bpe", length=text["length"], vocab_size=text["vocab_size"], path=""),
         generate=generate,
-        eval=dict(target="vgen.metrics.scene_eval:SceneEval", world=world, prompts=eval_prompts, split="heldout",
-                  guidance_off=True),  # fmt: skip
+        eval=dict(
+            target="vgen.metrics.scene_eval:SceneEval",
+            world=world,
+            prompts=eval_prompts,
+            split="heldout",
+            guidance_off=True,
+        ),  # fmt: skip
         prompts=prompts,
     )
 
 
 PROMPTS = (
     "a red circle left of a blue star",
-    "a large green square above a small yellow triangle",
+    "a green square above a yellow triangle",
     "a purple star on a white background",
-    "an orange triangle right of a cyan circle on a grey background",
-    "a pink square below a green circle",
-    "a small blue triangle on a sky background",
+    "a yellow triangle right of a cyan circle on a grey background",
+    "a purple square below a green circle",
+    "a blue triangle on a grey background",
     "a yellow star right of a purple square",
     "a cyan square above a red triangle on a white background",
 )
@@ -145,7 +155,8 @@ PROMPTS = (
 def _tiny():
     return _world(
         size=32, world=WORLD, cached=0, eval_count=16,
-        tokenizer=dict(channels=8, multipliers=(1, 2, 2), blocks=1, latent_channels=8, num_codes=32, groups=4, ema=True),
+        tokenizer=dict(channels=8, multipliers=(1, 2, 2), blocks=1, latent_channels=8, num_codes=32, groups=4,
+                       ema=True),
         decoder=dict(decoder_channels=8, decoder_blocks=2), discriminator=dict(channels=8, layers=1, norm="group"),
         autoencode=dict(revive_below=0.05), adversarial_start=True,
         base=dict(depth=2, width=32, heads=2, mlp_dim=64, unroll=2),
@@ -169,17 +180,17 @@ def _generate(*, batch_size, steps=(24, 8), guidance=(4.0, 4.0), choice=(4.5, 4.
 def _mini():
     return _world(
         size=64, world=WORLD, cached=40_000, eval_count=512,
-        tokenizer=dict(channels=16, multipliers=(1, 1, 4, 8), blocks=1, latent_channels=64, num_codes=512, groups=8,
+        tokenizer=dict(channels=8, multipliers=(1, 2, 8, 8), blocks=1, latent_channels=64, num_codes=1024, groups=4,
                        ema=True, layout=EASY),
         decoder={}, discriminator=dict(channels=16, layers=2, norm="group"),
-        autoencode=dict(l1=1.0, l2=1.0, perceptual=0.0, gan=0.05, revive_below=0.05, continuous_steps=700,
-                        downsampled=0.7), adversarial_start=False,
-        base=dict(depth=6, width=192, heads=6, mlp_dim=768, unroll=6),
-        superres=dict(depth=3, low_depth=1, width=160, heads=5, mlp_dim=640, unroll=3),
-        text=dict(length=24, vocab_size=320, net=dict(depth=2, width=128, heads=4, mlp_dim=512, unroll=2)),
-        steps=dict(tokenizer=2200, decoder=200, base=3000, superres=800),
-        batch=dict(tokenizer=16, decoder=16, base=64, superres=32),
-        lr=dict(tokenizer=1e-3, decoder=1e-3, base=1e-3, superres=2e-3),
+        autoencode=dict(l1=1.0, l2=1.0, perceptual=0.0, gan=0.05, revive_below=0.05, continuous_steps=1000,
+                        downsampled=0.75), adversarial_start=False,
+        base=dict(depth=4, width=128, heads=4, mlp_dim=512, unroll=4),
+        superres=dict(depth=3, low_depth=1, width=128, heads=4, mlp_dim=512, unroll=3),
+        text=dict(length=20, vocab_size=512, net=dict(depth=1, width=128, heads=4, mlp_dim=256)),
+        steps=dict(tokenizer=4000, decoder=250, base=3600, superres=700),
+        batch=dict(tokenizer=16, decoder=16, base=32, superres=16),
+        lr=dict(tokenizer=1e-3, decoder=5e-4, base=1.5e-3, superres=1.5e-3),
         generate=_generate(batch_size=64), max_steps=128, eval_prompts=256, prompts=PROMPTS,
     )  # fmt: skip
 
@@ -208,15 +219,17 @@ def _small():
 def _photos():
     """The tokenizer alone, on crops of the photographs inside scikit-image and scikit-learn; no text, no download."""
     task = dict(
-        target="vgen.tasks.autoencode:Autoencode", l1=1.0, l2=2.0, perceptual=0.1, revive_below=0.05,
-        model=dict(target="vgen.models.vqgan:VQGAN", channels=16, multipliers=(1, 2, 4), blocks=1, latent_channels=32,
-                   num_codes=1024, groups=8, ema=True),
+        target="vgen.tasks.autoencode:Autoencode", l1=1.0, l2=2.0, perceptual=0.0, revive_below=0.05,
+        continuous_steps=400,
+        model=dict(target="vgen.models.vqgan:VQGAN", channels=16, multipliers=(1, 2, 4), blocks=1, latent_channels=64,
+                   num_codes=1024, groups=8, ema=True, layout=EASY),
     )  # fmt: skip
-    optim = dict(gen=dict(lr=2e-3, warmup=50, clip=1.0, end=0.02, b2=0.99))
+    optim = dict(gen=dict(lr=1e-3, warmup=50, clip=1.0, end=0.02, b2=0.99))
     data = dict(source="photos", size=32, text=False, options=dict(count=100_000))
     return dict(
         stages=dict(tokenizer=dict(
-            task=task, data=data, train=dict(steps=2000, batch_size=32, optim=optim, ema_decay=0.998),
+            task=task, data=data, train=dict(steps=2000, batch_size=32, optim=optim, ema_decay=0.998,
+                                            checkpoint_every=500),
             evaluate=dict(split="heldout", options=dict(count=512), batches=16),
         )),
         order=("tokenizer",),

@@ -45,12 +45,18 @@ class Checkpoints:
         self.folder = Path(folder).resolve() / "checkpoints"
         self.meta, self.warn, self.read_only = dict(meta or {}), warn, read_only
         if read_only:
-            options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True, create=True
             )
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        absl_log = logging.getLogger("absl")
+        level = absl_log.level
+        absl_log.setLevel(logging.ERROR)  # orbax warns that read_only is read_only
+        try:
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
+        finally:
+            absl_log.setLevel(level)
 
     def steps(self) -> list[int]:
         """The complete steps on disk, oldest first."""

@@ -9,8 +9,8 @@ from vgen.types import Denoiser, Intervention, Sampler, Step
 def sample(denoise: Denoiser, sampler: Sampler, grid: Step, key, x, hook: Intervention | None = None, num_steps=None):
     """Run `sampler` from `x` along `grid` and return the last state.
 
-    denoise: (x, step) -> Prediction.  grid: a Step whose fields are arrays [length].  key: a typed PRNG key; step i uses
-    fold_in(key, i), so that a result depends on the seed and the grid alone.  x: any array or tree.
+    denoise: (x, step) -> Prediction.  grid: a Step whose fields are arrays [length].  key: a typed PRNG key; step i
+    uses fold_in(key, i), so that a result depends on the seed and the grid alone.  x: any array or tree.
     hook: an Intervention called around every step.
     num_steps: int or traced int32 <= length, how many rows to run (all by default).  With a traced number the loop is
     one compiled program for every step count: pad the grid to the longest and pass the count.

@@ -97,6 +97,8 @@ def constrain(x: jax.Array) -> jax.Array:
     Called at block edges, so that the compiler gathers parameters rather than activations.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or "data" not in mesh.axis_names or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if mesh.empty or mesh.size == 1 or "data" not in mesh.axis_names:
+        return x
+    if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
     return jax.lax.with_sharding_constraint(x, P(("data", "fsdp"), *(None,) * (x.ndim - 1)))

@@ -125,7 +125,7 @@ class Intervention(NamedTuple):
 
 
 class AttentionControl(NamedTuple):
-    """The seam of the one attention function; each part is (arrays, site, step) -> arrays, None keeps the fused kernel."""
+    """The seam of the one attention function: parts are (arrays, site, step) -> arrays, None keeps the fused kernel."""
 
     qkv: Callable[..., Any] | None = None
     logits: Callable[..., Any] | None = None

@@ -14,6 +14,7 @@ applies the same slices to the array it is given and also compares mean and RMS 
 
     python golden.py            # self-check of every file beside this module
 """
+
 import glob
 import hashlib
 import json
@@ -87,7 +88,7 @@ def load(case, root=None, verify=True, with_weights=True):
     with np.load(path(case, root), allow_pickle=False) as z:
         arrays = {k: z[k] for k in z.files if k != "meta"}
         meta = json.loads(str(z["meta"]))
-    group = lambda p: {k[len(p):]: v for k, v in arrays.items() if k.startswith(p)}
+    group = lambda p: {k[len(p) :]: v for k, v in arrays.items() if k.startswith(p)}
     consts, inputs = group("const/"), group("in/")
     for k, spec in meta["inputs"].items():
         if k not in inputs:
@@ -161,8 +162,11 @@ def main():
                     want = cut(np.broadcast_to(np.int8(0), info["shape"]), info["slices"]).shape
                     assert tuple(a.shape) == tuple(want), f"{k}: stored {a.shape}, slices give {want}"
             n = sum(int(w.size) for w in g["weights"].values())
-            print(f"ok   {c:34s} {m['precision']:8s} {os.path.getsize(path(c)):>7,d} B {n:>11,d} weights"
-                  f"  out: {', '.join(m['outputs'])}", flush=True)
+            print(
+                f"ok   {c:34s} {m['precision']:8s} {os.path.getsize(path(c)):>7,d} B {n:>11,d} weights"
+                f"  out: {', '.join(m['outputs'])}",
+                flush=True,
+            )
         except Exception as e:
             bad += 1
             print(f"FAIL {c:34s} {type(e).__name__}: {e}", flush=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from vgen import sharding
 from vgen.layers.attention import MultiHeadAttention
+from vgen.layers.dense import Dense
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -63,12 +64,12 @@ class MLP(nn.Module):
         kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         dense = dict(use_bias=self.bias, kernel_init=self.kernel_init, **kwargs)
         act, width = activation(self.act), x.shape[-1]
-        hidden = nn.Dense(self.dim, name="fc1", **dense)(x)  # [b, n, dim]
-        hidden = act(nn.Dense(self.dim, name="gate", **dense)(x)) * hidden if self.gated else act(hidden)
+        hidden = Dense(self.dim, name="fc1", **dense)(x)  # [b, n, dim]
+        hidden = act(Dense(self.dim, name="gate", **dense)(x)) * hidden if self.gated else act(hidden)
         if self.mid_norm is not None:
             hidden = norm_layer(self.mid_norm, self.eps, "mid_norm", **kwargs)(hidden)
         hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
-        return nn.Dense(width, name="fc2", **dense)(hidden)
+        return Dense(width, name="fc2", **dense)(hidden)
 
 
 class Block(nn.Module):
@@ -192,7 +193,8 @@ def stack(
     Call it in the compact method of the module that owns the block: x = stack(Block(..., name="layers"), x, depth=24).
     remat: what the backward pass recomputes: "none", "dots" (all but matrix products of weights) or "full".
     unroll: layers per loop iteration; `depth` leaves no loop, which is faster where layers are small.
-    constrain: x -> x between layers (None: `vgen.sharding.constrain`, the batch axis over the mesh).  collect: return (x, every layer's output
+    constrain: x -> x between layers (None: `vgen.sharding.constrain`, the batch axis over the mesh).
+    collect: return (x, every layer's output
     [depth, b, n, width]).  kwargs go to every layer, which also receives layer=its traced index.
     Raises ValueError for an unknown remat.
     """

@@ -5,7 +5,7 @@ Laparra et al. 2016, "Perceptual image quality assessment using a normalized Lap
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 

@@ -135,5 +135,5 @@ def from_torch_state(state: Mapping[str, np.ndarray]) -> dict:
 
 
 def load(path: str | Path) -> dict:
-    """Parameters of a T5Encoder from a weight file with the names of `transformers` (see `vgen.weights.read_weights`)."""
+    """Parameters of a T5Encoder from a weight file with `transformers`' names (see `vgen.weights.read_weights`)."""
     return from_torch_state(read_weights(path))

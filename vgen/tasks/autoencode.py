@@ -109,7 +109,7 @@ class Autoencode:
         q = apply("quantize", z)
         continuous = ctx.step < self.continuous_steps
         z_q = jnp.where(continuous, z.astype(q.z_q.dtype), q.z_q) if self.continuous_steps else q.z_q
-        # The decoder is linear in its last kernel: a vjp in it alone gives the gradients that the adaptive weight needs.
+        # A vjp in the decoder's last kernel alone gives the gradients that the adaptive weight needs.
         decode = lambda kernel: self.model.apply({"params": _with(params, LAST_LAYER, kernel)}, z_q, method="decode")
         x_hat, last_vjp = jax.vjp(decode, params["decoder"]["conv_out"]["kernel"])
 
@@ -132,7 +132,8 @@ class Autoencode:
                 weight = jnp.where(adversarial, weight, 0.0)
             value, grad = rec + weight * g, rec_grad + weight * g_grad
             losses["disc"] = jax.lax.cond(
-                adversarial, lambda p: self._discriminate(p, x, detached), self._no_discriminator, params["discriminator"]
+                adversarial, lambda p: self._discriminate(p, x, detached), self._no_discriminator,
+                params["discriminator"],
             )  # fmt: skip
             metrics |= {"gan/gen": g, "gan/weight": weight}
         # The gradient with respect to the picture is known; hand it to the decoder instead of differentiating again.
@@ -196,7 +197,9 @@ class Autoencode:
             return x
         low = round(self.downsampled * x.shape[0])
         corners = jax.random.randint(key, (x.shape[0] - low, 2), 0, jnp.array(x.shape[1:3]) - size + 1)
-        cut = lambda image, corner: jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (size, size, image.shape[-1]))
+        cut = lambda image, corner: jax.lax.dynamic_slice(
+            image, (corner[0], corner[1], 0), (size, size, image.shape[-1])
+        )
         crops = jax.vmap(cut)(x[low:], corners)
         return jnp.concatenate([image_ops.downsample(x[:low], x.shape[1] // size), crops])
 

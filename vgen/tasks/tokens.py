@@ -61,8 +61,8 @@ class MaskedTokens:
         grid = (self.size // self.tokenizer.downsampling,) * 2
         if tuple(self.transformer.grid) != grid:
             raise ValueError(
-                f"MaskedTokens: size {self.size} at {self.tokenizer.downsampling} pixels per token is a grid of {grid}, "
-                f"the transformer's is {tuple(self.transformer.grid)}"
+                f"MaskedTokens: size {self.size} at {self.tokenizer.downsampling} pixels per token is a grid of "
+                f"{grid}, the transformer's is {tuple(self.transformer.grid)}"
             )
         if self.transformer.vocab != self.tokenizer.num_codes:
             raise ValueError(
@@ -142,7 +142,9 @@ class MaskedTokens:
 
     def _at(self, x, size):
         if x.shape[1] % size:
-            raise ValueError(f"MaskedTokens: images of {x.shape[1]} pixels cannot be reduced to {size} by a whole factor")
+            raise ValueError(
+                f"MaskedTokens: images of {x.shape[1]} pixels cannot be reduced to {size} by a whole factor"
+            )
         return image_ops.downsample(x, x.shape[1] // size)
 
     def _tokenize(self, params, name, x):
@@ -172,7 +174,8 @@ class MaskedTokens:
         self, params: Params, key, conds: Mapping[str, Any], *, guidance_scale=4.0, steps=24, temperature=1.0,
         choice_temperature=4.5,
     ) -> dict[str, Any]:  # fmt: skip
-        """{"tokens": int32 [b, n], "image_out": uint8 [b, size, size, 3]} by parallel decoding; every knob may be traced.
+        """{"tokens": int32 [b, n], "image_out": uint8 [b, size, size, 3]} by parallel decoding; knobs may be
+        traced.
 
         conds: text, text_mask [b, l]; optional negative, negative_mask [b, l] (in the place of no text); tokens [b, m]
         of the stage before, for super-resolution; optional image uint8 [b, h, w, 3] to edit and mask bool [b, h, w],
@@ -184,11 +187,11 @@ class MaskedTokens:
         b = conds["text"].shape[0]
         low = conds["tokens"] if self.superres else None
         denoise = self._denoiser(params, conds, low, guidance.rising(guidance_scale))
-        sampler = parallel.maskgit_sampler(
-            self.mask_id, choice_temperature=choice_temperature, temperature=temperature
-        )
+        sampler = parallel.maskgit_sampler(self.mask_id, choice_temperature=choice_temperature, temperature=temperature)
         n = int(np.prod(self.transformer.grid))
-        edit = Edit(start=jnp.full((b, n), self.mask_id, jnp.int32), times=parallel.grid(steps, self.max_steps, self.schedule))
+        edit = Edit(
+            start=jnp.full((b, n), self.mask_id, jnp.int32), times=parallel.grid(steps, self.max_steps, self.schedule)
+        )
         if "image" in conds:
             edit, denoise, steps = self._edit(params, conds, low, edit, denoise, steps)
         tokens = sample(denoise, edit.sampler or sampler, edit.times, key, edit.start, edit.hook, num_steps=steps)
