@@ -90,7 +90,7 @@ def _world(
                     checkpoint_every=steps[stage] // 4, **kwargs)  # fmt: skip
 
     def tokens(transformer, **kwargs):
-        return dict(target="vgen.tasks.tokens:MaskedTokens", tokenizer=large, text_encoder=encoder,
+        return dict(target="vgen.tasks.tokens:MaskedTokens", label_smoothing=0.0, tokenizer=large, text_encoder=encoder,
                     transformer=transformer, max_steps=max_steps, **kwargs)  # fmt: skip
 
     auto = dict(target="vgen.tasks.autoencode:Autoencode", discriminator=gan, crop_size=low, **autoencode)
@@ -188,7 +188,7 @@ def _mini():
         base=dict(depth=4, width=128, heads=4, mlp_dim=512, unroll=4),
         superres=dict(depth=3, low_depth=1, width=128, heads=4, mlp_dim=512, unroll=3),
         text=dict(length=20, vocab_size=512, net=dict(depth=1, width=128, heads=4, mlp_dim=256)),
-        steps=dict(tokenizer=4000, decoder=250, base=3600, superres=700),
+        steps=dict(tokenizer=3400, decoder=200, base=3200, superres=700),
         batch=dict(tokenizer=16, decoder=16, base=32, superres=16),
         lr=dict(tokenizer=1e-3, decoder=5e-4, base=1.5e-3, superres=1.5e-3),
         generate=_generate(batch_size=64), max_steps=128, eval_prompts=256, prompts=PROMPTS,

@@ -55,8 +55,7 @@ def _flags(argv: list[str]) -> flags.FlagValues:
     text("image", None, "a picture to edit; its central square is taken", flag_values=values)
     text("mask", None, "white where --image is to be made anew; without it: edit by text alone", flag_values=values)
     text("compilation_cache", "~/.cache/vgen/xla", "folder of compiled programs; '' = off", flag_values=values)
-    number("cpu_devices", 0, "without an accelerator: devices to split a batch over; 0 = one per core, at most 4",
-           lower_bound=0, flag_values=values)  # fmt: skip
+    number("cpu_devices", 1, "devices emulated on the processor, to try a mesh", lower_bound=1, flag_values=values)
     flags.DEFINE_boolean("help", False, "show this", flag_values=values)
     return values
 
@@ -109,7 +108,7 @@ def _run(options: flags.FlagValues) -> int:
     if options.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(options.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    _use_cores(options.cpu_devices)
+    _emulate_devices(options.cpu_devices)
     run = Run(options.config, options.workdir)
     if options.mode == "train":
         run.claim()
@@ -118,19 +117,18 @@ def _run(options: flags.FlagValues) -> int:
     return _sample(run, options) if options.mode == "sample" else _evaluate(run)
 
 
-def _use_cores(count: int) -> None:
-    """Make `count` devices of the processor (0: one per core, a power of two, at most 4).
+def _emulate_devices(count: int) -> None:
+    """Make `count` devices of the processor, to try a mesh; does nothing once JAX runs, or where XLA_FLAGS decides.
 
-    XLA spreads large operations over the cores but not small ones: a step of a small convolutional network took half
-    the time on two devices of two cores.  Does nothing once JAX runs, or where XLA_FLAGS decides.
+    More threads than devices, because XLA's collectives block a thread each: with as many of both a run can deadlock.
     """
     import jax
 
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    if count == 1 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("NPROC", str(4 * count))
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", count or (4 if cores >= 4 else 2 if cores >= 2 else 1))
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from vgen.layers.dense import Dense
+from vgen.layers.linear import linear
 from vgen.types import AttentionControl, Step
 
 
@@ -185,7 +185,7 @@ class MultiHeadAttention(nn.Module):
         dense = dict(dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init)
 
         def project(inputs, name):
-            y = Dense(self.heads * head_dim, use_bias=self.qkv_bias, name=name, **dense)(inputs)
+            y = linear(self.heads * head_dim, use_bias=self.qkv_bias, name=name, **dense)(inputs)
             y = y.reshape(*y.shape[:-1], self.heads, head_dim)  # [b, n, h, d]
             if self.qk_norm and name != "v" and not name.startswith("v_"):
                 y = self._head_norm(name + "_norm")(y)
@@ -205,7 +205,7 @@ class MultiHeadAttention(nn.Module):
         for name, (source, source_mask, strength) in contexts.items():
             out = out + jnp.asarray(strength, out.dtype) * attend(q, source, source_mask, "_" + name)
         out = out.reshape(*out.shape[:2], self.heads * head_dim)
-        return Dense(width, use_bias=self.out_bias, name="out", **dense)(out)
+        return linear(width, use_bias=self.out_bias, name="out", **dense)(out)
 
     def _head_norm(self, name):
         kwargs = dict(epsilon=self.qk_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name=name)

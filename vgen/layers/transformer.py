@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from vgen import sharding
 from vgen.layers.attention import MultiHeadAttention
-from vgen.layers.dense import Dense
+from vgen.layers.linear import linear
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -64,12 +64,12 @@ class MLP(nn.Module):
         kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         dense = dict(use_bias=self.bias, kernel_init=self.kernel_init, **kwargs)
         act, width = activation(self.act), x.shape[-1]
-        hidden = Dense(self.dim, name="fc1", **dense)(x)  # [b, n, dim]
-        hidden = act(Dense(self.dim, name="gate", **dense)(x)) * hidden if self.gated else act(hidden)
+        hidden = linear(self.dim, name="fc1", **dense)(x)  # [b, n, dim]
+        hidden = act(linear(self.dim, name="gate", **dense)(x)) * hidden if self.gated else act(hidden)
         if self.mid_norm is not None:
             hidden = norm_layer(self.mid_norm, self.eps, "mid_norm", **kwargs)(hidden)
         hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
-        return Dense(width, name="fc2", **dense)(hidden)
+        return linear(width, name="fc2", **dense)(hidden)
 
 
 class Block(nn.Module):

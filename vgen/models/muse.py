@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vgen.layers.dense import Dense
 from vgen.layers.embed import Positions2D
+from vgen.layers.linear import linear
 from vgen.layers.transformer import Block, activation, norm_layer, stack
 
 BASE_3B = dict(vocab=8192, grid=(16, 16), depth=48, width=2048, heads=32, mlp_dim=8192)  # published
@@ -56,8 +56,8 @@ class _Head(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = norm_layer("layer", 1e-6, "norm", dtype=self.dtype)(x)
-        x = activation("gelu_tanh")(Dense(x.shape[-1], dtype=self.dtype, name="fc")(x))
-        logits = Dense(self.vocab, dtype=self.dtype, name="logits")(x)
+        x = activation("gelu_tanh")(linear(x.shape[-1], dtype=self.dtype, name="fc")(x))
+        logits = linear(self.vocab, dtype=self.dtype, name="logits")(x)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
@@ -101,7 +101,7 @@ class BaseTransformer(nn.Module):
         with the same weights, so one batched call serves conditional and unconditional samples.  None keeps all.
         """
         x = _Tokens(self.vocab, self.grid, self.width, self.dtype, name="image")(tokens)
-        text = Dense(self.width, use_bias=self.bias, dtype=self.dtype, name="text")(text)
+        text = linear(self.width, use_bias=self.bias, dtype=self.dtype, name="text")(text)
         block = Block(
             self.heads,
             self.mlp_dim,
@@ -185,7 +185,7 @@ class SuperResTransformer(nn.Module):
 
         text_mask = jnp.ones(text.shape[:2], bool) if text_mask is None else text_mask
         text_mask = text_mask if keep_text is None else text_mask & keep_text[:, None]
-        text = Dense(self.width, use_bias=self.bias, dtype=self.dtype, name="text")(text)
+        text = linear(self.width, use_bias=self.bias, dtype=self.dtype, name="text")(text)
         context = jnp.concatenate([low.astype(text.dtype), text], axis=1)  # [b, m + l, width]
         mask = jnp.concatenate([jnp.ones(low.shape[:2], bool), text_mask], axis=1)
 
