@@ -30,7 +30,7 @@ def test_defines_nothing_and_is_stored_without_outputs(path):
 
 def test_muse_runs(tiny_run, tmp_path, monkeypatch):
     """On a trained run of scale tiny, where training has nothing left to do."""
-    shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.copytree(tiny_run.workdir, tmp_path / "run")
     monkeypatch.setenv("VGEN_COLAB_SCALE", "tiny")
     monkeypatch.setenv("VGEN_COLAB_WORKDIR", str(tmp_path / "run"))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")

@@ -26,9 +26,9 @@ SUPER = MaskedTokens(
 )  # fmt: skip
 RNG = np.random.default_rng(0)
 BATCH = {
-    "image": RNG.integers(0, 256, (4, 16, 16, 3)).astype(np.uint8),
-    "text": RNG.integers(0, 20, (4, 5)).astype(np.int32),
-    "text_mask": np.array([[1, 1, 1, 0, 0]] * 4, bool),
+    "image": jnp.asarray(RNG.integers(0, 256, (4, 16, 16, 3)), jnp.uint8),
+    "text": jnp.asarray(RNG.integers(0, 20, (4, 5)), jnp.int32),
+    "text_mask": jnp.asarray([[1, 1, 1, 0, 0]] * 4, bool),
 }
 KEY = jax.random.key(1)
 
@@ -95,7 +95,7 @@ def test_inpainting_keeps_tokens_and_pixels_outside_the_mask(base_params):
     mask = np.zeros((4, 16, 16), bool)
     mask[:, :, 12:] = True  # the last column of tokens of the 8-pixel picture
     image = BATCH["image"]
-    out = BASE.sample(base_params, KEY, conds(image=image, mask=mask), steps=4)
+    out = BASE.sample(base_params, KEY, conds(image=image, mask=jnp.asarray(mask)), steps=4)
     low = image_ops.downsample(image_ops.to_float(image), 2)
     before = VQ.apply({"params": base_params["tokenizer"]}, low, method="tokenize").reshape(4, 4, 4)
     after = out["tokens"].reshape(4, 4, 4)
@@ -108,7 +108,7 @@ def test_mask_free_editing_changes_little_at_a_time(base_params):
     image = BATCH["image"]
     low = image_ops.downsample(image_ops.to_float(image), 2)
     before = VQ.apply({"params": base_params["tokenizer"]}, low, method="tokenize").reshape(4, -1)
-    few = dataclasses.replace(BASE, max_steps=2).sample(base_params, KEY, conds(image=image))["tokens"]
+    few = dataclasses.replace(BASE, max_steps=2).sample(base_params, KEY, conds(image=image), steps=2)["tokens"]
     assert 1 <= (few != before).sum(1).max() <= 2  # two iterations of one token (8 % of 16)
 
 

@@ -198,7 +198,7 @@ class MaskedTokens:
         pixels = self.decode(params, tokens)
         if "mask" in conds:
             original, mask = self._at(image_ops.to_float(conds["image"]), self.size), self._mask_at(conds["mask"])
-            pixels = inpaint_tokens.blend(original, pixels, mask, max(self.size / 16 - 1, 0))
+            pixels = inpaint_tokens.blend(original, pixels, mask, max(self.size / 16 - 1, 0.0))
         return {"tokens": tokens, "image_out": image_ops.to_uint8(pixels)}
 
     def decode(self, params: Params, tokens):
