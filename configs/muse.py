@@ -29,6 +29,7 @@ Measured numbers
   256 held-out prompts, seed 0, 24 + 8 steps, guidance 4 (in brackets: off), read by the scene oracle:
     base, 32 px      colour 0.45 (0.48)  shape 0.17 (0.19)  relation 0.03 (0.06)  scene_exact 0.035 (0.020)
     superres, 64 px  colour 0.27 (0.24)  shape 0.01 (0.02)  relation 0.00 (0.00)  scene_exact 0.004 (0.000)
+  photos: held-out crops of 32 px, PSNR 30.7 dB, 95 % of 1024 codes used, 2000 steps.
   The goal of mini is 0.95, 0.85, 0.90 and 0.70. What limits it: the base model's loss still falls when its time ends
   (5.5, 4.2, 3.9, 3.7 at steps 400, 1200, 2000, 2300; 3.9 held out), and at 32 px the tokenizer alone keeps 0.44 of
   held-out scenes readable (0.90 at 64 px): a code of 8 x 8 pixels holds colour and outline of a pair never seen.
