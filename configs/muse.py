@@ -45,8 +45,8 @@ WORLD = dict(
     colours=("red", "yellow", "green", "blue", "purple", "cyan"), backgrounds=("white", "grey"), max_objects=2,
 )  # fmt: skip
 
-# MaskGIT's layout with biases and with shortcuts that start at the block's input, as taming's: the released shortcut
-# (from the branch's output) trains four times slower over the few thousand steps that small scales have.
+# MaskGIT's layout with biases and with shortcuts that start at the block's input, as taming's: after 300 steps without
+# quantising, the released layout had more than twice the squared error (0.052 at its best rate, against 0.023).
 EASY = dict(target="vgen.models.vqgan:Layout", bias=True, stem_bias=True, shortcut="input", downsample="average",
             out_kernel=1, mid_blocks=1, mid_attention=False, decoder_extra=0)  # fmt: skip
 
