@@ -12,6 +12,7 @@ from vgen.data import scene_draw, scene_oracle, scene_text, scenes
 from vgen.data.scene_oracle import read
 from vgen.data.scene_text import Claims, Thing, parse
 from vgen.data.scenes import FULL, Scenes, World, compose, prompts, scene
+from vgen.metrics.scenes import score
 
 MINI = World(shapes=("circle", "square", "triangle", "star"), textures=("solid",), max_objects=2)
 PAIRS = World(max_objects=2)
@@ -356,3 +357,22 @@ def test_label_matches_flood_fill():
         assert number == count
         np.testing.assert_array_equal(got > 0, mask)
         assert len(set(zip(got[mask], want[mask], strict=True))) == count
+
+
+def test_lattice_keeps_few_places_and_everything_else():
+    small = dict(shapes=("circle", "star"), sizes=("large",), textures=("solid",), max_objects=2)
+    world = World(lattice=8, **small)
+    places, pairs = set(), 0
+    for index in range(300):
+        objects, _, claims, _ = compose(world, index, "heldout")
+        assert all(float(v * 8).is_integer() for o in objects for v in (o.x, o.y))
+        assert {o.radius for o in objects} == {0.215}
+        places |= {(o.x, o.y) for o in objects}
+        pairs += len(objects) == 2
+        assert len(claims.relations) == (len(objects) == 2)
+    assert len(places) == 25 and 100 < pairs < 200
+    images = [scene(world, i, 32, "heldout") for i in range(100)]
+    assert score([e["image"] for e in images], [e["caption"] for e in images], world)["scene_exact"] == 1
+    for wrong in (dict(lattice=3), dict(lattice=-1), dict(lattice=8, max_objects=3), dict(lattice=8, occlusion=True)):
+        with pytest.raises(ValueError, match="lattice"):
+            World(**(small | wrong))
