@@ -160,3 +160,24 @@ def test_bad_arguments():
         MultiHeadAttention(heads=3).init(jax.random.key(0), jnp.ones((1, 2, 10)))
     with pytest.raises(ValueError, match="'layer' or 'rms', got 'batch'"):
         MultiHeadAttention(heads=2, qk_norm="batch").init(jax.random.key(0), jnp.ones((1, 2, 10)))
+
+
+def test_values_and_core_of_the_layer(x64):
+    """Values of their own, as keys without positions; and another function in the place of `attention`."""
+    layer, rng = MultiHeadAttention(2), np.random.default_rng(0)
+    x, context, values = (jnp.asarray(rng.standard_normal((1, n, 8))) for n in (3, 5, 5))
+    params = jax.tree.map(lambda a: a.astype(np.float64), layer.init(jax.random.key(0), x, context))
+    seen = []
+
+    def core(q, k, v, **kwargs):
+        seen.append((q, k, v))
+        return attention(q, k, v, **kwargs)
+
+    plain = layer.apply(params, x, context)
+    np.testing.assert_array_equal(plain, layer.apply(params, x, context, values=context, core=core))
+    mixed = layer.apply(params, x, context, values=values, core=core)
+    (_, k, _), (_, k2, v2) = seen
+    np.testing.assert_array_equal(k, k2)
+    dense = params["params"]["v"]
+    np.testing.assert_allclose(v2.reshape(1, 5, 8), values @ dense["kernel"] + dense["bias"], atol=1e-15)
+    assert np.abs(mixed - plain).max() > 1e-3

@@ -142,3 +142,11 @@ def test_switches_list_what_they_accept():
         conv.Downsample("max").init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="2 channels do not divide into 3 heads"):
         conv.SpatialAttention(heads=3, groups=1).init(jax.random.key(0), x)
+
+
+def test_space_to_depth_and_back():
+    x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
+    y = conv.space_to_depth(x, 2)
+    assert y.shape == (2, 2, 3, 12)
+    np.testing.assert_array_equal(y[1, 1, 2], x[1, 2:4, 4:6].reshape(-1))
+    np.testing.assert_array_equal(conv.depth_to_space(y, 2), x)

@@ -162,6 +162,14 @@ def test_revival_draws_distinct_latents_and_is_deterministic():
     assert np.isfinite(few["codebook"]).all()
 
 
+def test_revival_prefers_latents_that_no_code_describes():
+    """Of 1000 latents 990 lie on a code and ten elsewhere: dead codes go to the ten, where they help."""
+    state = {"codebook": jnp.zeros((6, 2)), "ema_count": jnp.array([9.0, 0, 0, 0, 9, 9]), "ema_sum": jnp.zeros((6, 2))}
+    z = jnp.concatenate([jnp.full((990, 2), 1e-3), 5 + normal(10, 2)])
+    new = vq.ema_update(state, z, jnp.zeros(1000, jnp.int32), jax.random.key(0), revive_below=0.1)
+    assert (jnp.linalg.norm(new["codebook"][1:4], axis=-1) > 1).all()
+
+
 def test_normalised_codes_live_on_the_sphere():
     model, params = ema_model(normalize=True)
     z = normal(3, 5, 2) * 10

@@ -8,7 +8,7 @@ import pytest
 
 from tests.golden import golden
 from vgen.layers.embed import Positions, Positions2D, relative_buckets, sincos_2d
-from vgen.layers.transformer import MLP, Block, activation, norm_layer, stack
+from vgen.layers.transformer import MLP, Block, activation, modulate, norm_layer, stack
 from vgen.types import AttentionControl
 
 
@@ -276,3 +276,29 @@ def test_relative_buckets_against_transformers(bidirectional):
         want = T5Attention._relative_position_bucket(distance, bidirectional, buckets, furthest).numpy()[0]
         ours = relative_buckets(701, 1401, buckets, furthest, bidirectional)
         np.testing.assert_array_equal(ours[700], want)
+
+
+def test_modulate_scales_and_shifts():
+    x, cond = jax.random.normal(jax.random.key(0), (2, 3, 4, 5)), jax.random.normal(jax.random.key(1), (2, 6))
+
+    class Whole(nn.Module):
+        @nn.compact
+        def __call__(self, x, cond):
+            return modulate(x, cond, name="mod")
+
+    params = Whole().init(jax.random.key(2), x, cond)["params"]["mod"]
+    params["bias"] = jnp.arange(10.0)
+    scale, shift = np.split(np.asarray(nn.silu(cond)) @ np.asarray(params["kernel"]) + np.arange(10.0), 2, axis=1)
+    want = np.asarray(x) * (1 + scale[:, None, None]) + shift[:, None, None]
+    np.testing.assert_allclose(Whole().apply({"params": {"mod": params}}, x, cond), want, atol=1e-5)
+
+
+def test_condition_of_a_block():
+    """Every branch gets it; an MLP's norm of its own kind; and only where a norm stands ahead of its branch."""
+    x, cond = jnp.ones((1, 3, 8)), jnp.ones((1, 4))
+    block = Block(2, 16, cross=True, norm="rms", mlp_norm="layer")
+    made = jax.eval_shape(lambda: block.init(jax.random.key(0), x, cond=cond, context=x))["params"]
+    assert {name for name in made if name.endswith("_mod")} == {"attn_mod", "cross_mod", "mlp_mod"}
+    assert set(made["mlp_norm"]) == {"scale", "bias"} and set(made["cross_norm"]) == {"scale"}
+    with pytest.raises(ValueError, match="cond needs order 'pre', got 'post'"):
+        Block(2, 16, order="post").init(jax.random.key(0), x, cond=cond)

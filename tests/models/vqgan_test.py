@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tests.golden import convert_tokenizers as convert
+from tests.convert import tables
 from tests.golden import golden
+from vgen.convert.vqgan import MASKGIT_VQ, OPENMUSE_MASKGIT_VQ, TAMING_VQ
+from vgen.layers.conv import depth_to_space, space_to_depth
 from vgen.models.vqgan import MASKGIT, TAMING, VQGAN, Decoder, Encoder, Layout, count_res_blocks, resolve_layout
 
 TOL = 1e-9
@@ -19,13 +21,6 @@ def nhwc(x):
 
 def nchw(x):
     return np.asarray(x).transpose(0, 3, 1, 2)
-
-
-def check_tree(model, params, shape):
-    """The converted tree is exactly the one that init makes: every name and shape, nothing over."""
-    made = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))["params"]
-    want = {k: v.shape for k, v in flatten_dict(made, sep="/").items()}
-    assert {k: v.shape for k, v in flatten_dict(params, sep="/").items()} == want
 
 
 def init(model, *args):
@@ -51,9 +46,9 @@ def test_taming_golden(x64):
         channels=32, multipliers=(1, 2, 2), blocks=1, attention_levels=(2,), latent_channels=6, num_codes=18,
         code_dim=5, legacy=True, layout="taming",
     )  # fmt: skip
-    params = convert.taming(g["weights"])
+    built, params = tables.load(TAMING_VQ, g["weights"])
+    assert built == model
     x = nhwc(g["inputs"]["x"])
-    check_tree(model, params, x.shape)
 
     @jax.jit
     def run(params, x, codes):
@@ -70,7 +65,7 @@ def test_taming_golden(x64):
         mid = [enc["encoder"]["conv_in"], enc["encoder"]["mid"], dec["decoder"]["mid"]]
         return z, q, recon, model.apply(params, codes, method="decode_indices"), [m["__call__"][0] for m in mid]
 
-    z, q, recon, decoded, mid = run({"params": convert.float64(params)}, x, g["inputs"]["codes"])
+    z, q, recon, decoded, mid = run({"params": tables.float64(params)}, x, g["inputs"]["codes"])
     for name, value in zip(("enc_stem", "enc_mid", "dec_mid"), mid, strict=True):
         golden.check(g, name, nchw(value), TOL)
     golden.check(g, "h", nchw(z), TOL)
@@ -90,9 +85,9 @@ def test_maskgit_golden(x64, case):
         channels=32, multipliers=(1, 1, 2), blocks=1, latent_channels=10, num_codes=18, entropy_weight=0.1,
         layout=layout, image_range=(0.0, 1.0),
     )  # fmt: skip
-    params = convert.maskgit(g["weights"], levels=3, blocks=1, conv_downsample=strided)
+    built, params = tables.load(MASKGIT_VQ, g["weights"])
+    assert built == model
     x = 2 * np.asarray(g["inputs"]["image"], np.float64) - 1  # the reference takes [0, 1], vgen [-1, 1]
-    check_tree(model, params, x.shape)
 
     @jax.jit
     def run(params, x, codes):
@@ -106,7 +101,7 @@ def test_maskgit_golden(x64, case):
         images = model.apply(params, q.z_q, method="decode"), model.apply(params, codes, method="decode_indices")
         return z, q, images, (stem["__call__"][0], block["__call__"][0])
 
-    z, q, images, (stem, block) = run({"params": convert.float64(params)}, x, g["inputs"]["codes"])
+    z, q, images, (stem, block) = run({"params": tables.float64(params)}, x, g["inputs"]["codes"])
     golden.check(g, "enc_stem", stem, TOL)
     golden.check(g, "enc_block0", block, TOL)
     golden.check(g, "raw", z, TOL)
@@ -124,10 +119,10 @@ def test_maskgit_golden(x64, case):
 def test_openmuse_golden(x64):
     g = golden.load("maskgit_vqgan_openmuse")
     model = VQGAN(channels=32, multipliers=(1, 1, 2), blocks=1, latent_channels=8, num_codes=18, image_range=(0.0, 1.0))
-    params = convert.taming(g["weights"])
+    built, params = tables.load(OPENMUSE_MASKGIT_VQ, g["weights"])
+    assert built == model
     x = 2 * nhwc(g["inputs"]["x"]) - 1
-    check_tree(model, params, x.shape)
-    variables = {"params": convert.float64(params)}
+    variables = {"params": tables.float64(params)}
     recon, q = jax.jit(model.apply)(variables, x)
     z, decoded = jax.jit(
         lambda v, x, codes: (
@@ -232,6 +227,18 @@ def test_shapes_and_tokens(trained):
     assert (model.num_tokens, model.downsampling) == (16, 2)
     np.testing.assert_array_equal(tokens, q.indices)
     np.testing.assert_allclose(decoded, recon, atol=1e-5)
+
+
+def test_patches_are_channels():
+    """With `patch` both ends work on patches: the same network on pictures rearranged by hand gives the same."""
+    model, inner = tiny(patch=2), tiny(image_channels=12)
+    x = jax.random.uniform(jax.random.key(1), (2, 16, 24, 3), minval=-1)
+    params = init(model, x)
+    recon, q = model.apply(params, x)
+    deep, q_deep = inner.apply(params, space_to_depth(x, 2))
+    assert model.downsampling == 4 and q.indices.shape == (2, 4, 6) and recon.shape == x.shape
+    np.testing.assert_array_equal(q.indices, q_deep.indices)
+    np.testing.assert_allclose(recon, depth_to_space(deep, 2), atol=1e-6)
 
 
 def test_bfloat16_compute_keeps_float32_codes():

@@ -1,6 +1,6 @@
 """Attention: the only place of vgen where queries meet keys."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -137,7 +137,8 @@ def multi_axis(q, k, v, grid: tuple[int, int], block: int, **kwargs) -> Float[Ar
 class MultiHeadAttention(nn.Module):
     """Project, attend, project back; self-attention, or cross-attention where a context is given.
 
-    heads, head_dim: number of heads and the size of each (width / heads by default).
+    heads, head_dim: number of heads and the size of each (width / heads by default).  out_dim: width of the result
+      (that of x by default).
     qkv_bias, out_bias: whether the projections carry biases.  scale: of the logits; 1 / sqrt(head_dim) by default.
     qk_norm: None, "layer" or "rms": norm of each head's queries and keys (ViT-22B, Dehghani et al. 2023).
     axes: (rows, columns, block) for `multi_axis` self-attention.
@@ -155,6 +156,7 @@ class MultiHeadAttention(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Any = nn.initializers.xavier_uniform()
+    out_dim: int | None = None
 
     @nn.compact
     def __call__(
@@ -166,16 +168,20 @@ class MultiHeadAttention(nn.Module):
         bias=None,
         causal=False,
         contexts: Mapping[str, tuple] = {},
+        values=None,
+        core: Callable[..., Array] | None = None,
         layer: Any = 0,
         control: AttentionControl | None = None,
         step: Step | None = None,
     ):
-        """x: [b, n, width] -> [b, n, width].
+        """x: [b, n, width] -> [b, n, out_dim or width].
 
         context: [b, m, any width], or None for self-attention.  mask: bool [b, m] of the keys, or broadcastable to
         [b, heads, n, m].  contexts: {name: (context, mask or None, strength)}: further contexts with keys and values of
         their own, whose results are added with their strengths ahead of the output projection (IP-Adapter, Ye et al.
-        2023).  layer: index of the layer, for `control`.
+        2023).  values: what v is projected from, where keys and values differ; the context's tokens with and without
+        positions, say.  core: takes the place of `attention` and is called as it.
+        layer: index of the layer, for `control`.
         Raises ValueError where the width does not divide into heads, or qk_norm is unknown.
         """
         width = x.shape[-1]
@@ -191,21 +197,21 @@ class MultiHeadAttention(nn.Module):
                 y = self._head_norm(name + "_norm")(y)
             return y
 
-        def attend(q, source, mask, suffix, **kwargs):
-            k, v = project(source, "k" + suffix), project(source, "v" + suffix)
+        def attend(q, source, mask, suffix, values=None, **kwargs):
+            k, v = project(source, "k" + suffix), project(source if values is None else values, "v" + suffix)
             mask = mask[:, None, None, :] if mask is not None and mask.ndim == 2 else mask
             site = Site("self" if source is x else "cross", "/".join(self.path) + suffix.replace("_", "/", 1), layer)
             kwargs = dict(kwargs, mask=mask, scale=self.scale, control=control, site=site, step=step)
             if self.axes is None:
-                return attention(q, k, v, **kwargs)
+                return (core or attention)(q, k, v, **kwargs)
             return multi_axis(q, k, v, self.axes[:2], self.axes[2], **kwargs)
 
         q = project(x, "q")
-        out = attend(q, x if context is None else context, mask, "", bias=bias, causal=causal)
+        out = attend(q, x if context is None else context, mask, "", values, bias=bias, causal=causal)
         for name, (source, source_mask, strength) in contexts.items():
             out = out + jnp.asarray(strength, out.dtype) * attend(q, source, source_mask, "_" + name)
         out = out.reshape(*out.shape[:2], self.heads * head_dim)
-        return linear(width, use_bias=self.out_bias, name="out", **dense)(out)
+        return linear(self.out_dim or width, use_bias=self.out_bias, name="out", **dense)(out)
 
     def _head_norm(self, name):
         kwargs = dict(epsilon=self.qk_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name=name)

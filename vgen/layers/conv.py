@@ -1,4 +1,4 @@
-"""Convolutional building blocks: GroupNorm, residual blocks, resampling and spatial self-attention.
+"""Convolutional building blocks: GroupNorm, BatchNorm, residual blocks, resampling and spatial self-attention.
 
 One parametrised block serves the family that descends from the DDPM U-Net: the taming VQGAN (biased convolutions,
 strided downsampling, attention) and the MaskGIT/Muse tokenizer (bias-free, average pooling). Activations are swish,
@@ -70,6 +70,48 @@ class GroupNorm(nn.Module):
         return y.astype(jnp.promote_types(x.dtype, scale.dtype) if self.dtype is None else self.dtype)
 
 
+class BatchNorm(nn.Module):
+    """Batch normalisation whose running statistics are parameters, their new values returned and not stored.
+
+    momentum: weight of the new batch in the running statistics. In training, the variance that normalises is the
+    biased one and the variance that is averaged the unbiased one, as in PyTorch.
+
+    Parameters: scale, bias, mean, var, each [c]; mean and var are buffers, no gradient reaches them.
+    Returns (normalised map, {"mean", "var"} after this batch, or {} when train is False).
+    """
+
+    momentum: float = 0.1
+    eps: float = 1e-5
+    scale_init: Any = nn.initializers.ones_init()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], train: bool
+    ) -> tuple[Float[Array, "b h w c"], dict[str, Float[Array, "c"]]]:
+        c, out = x.shape[-1], self.dtype
+        scale = self.param("scale", self.scale_init, (c,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (c,))
+        running_mean = jax.lax.stop_gradient(self.param("mean", nn.initializers.zeros_init(), (c,)))
+        running_var = jax.lax.stop_gradient(self.param("var", nn.initializers.ones_init(), (c,)))
+        out = jnp.promote_types(x.dtype, scale.dtype) if out is None else out
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if not train:
+            mean, var, updates = running_mean, running_var, {}
+        else:
+            mean = x.mean((0, 1, 2))
+            var = jnp.square(x - mean).mean((0, 1, 2))
+            n = x.size // c
+            batch = {"mean": mean, "var": var * (n / max(n - 1, 1))}
+            old = {"mean": running_mean, "var": running_var}
+            updates = {
+                k: (old[k] + self.momentum * (jax.lax.stop_gradient(batch[k]) - old[k])).astype(old[k].dtype)
+                for k in old
+            }
+        gain = jax.lax.rsqrt(var + self.eps) * scale
+        return (x * gain + (bias - mean * gain)).astype(out), updates
+
+
 class ResBlock(nn.Module):
     """Pre-activation residual block: (GroupNorm, swish, 3x3 convolution) twice, plus a shortcut.
 
@@ -139,6 +181,20 @@ def nearest_upsample(x: Float[Array, "b h w c"], factor: int = 2) -> Float[Array
     b, h, w, c = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, factor, w, factor, c))
     return x.reshape(b, h * factor, w * factor, c)
+
+
+def space_to_depth(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 w2 c2"]:
+    """Each size x size patch becomes one place of size^2 c channels, ordered (row, column, channel)."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // size, size, w // size, size, c).swapaxes(2, 3)
+    return x.reshape(b, h // size, w // size, size * size * c)
+
+
+def depth_to_space(x: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 w2 c2"]:
+    """The inverse of `space_to_depth` (the sub-pixel layer of Shi et al. 2016)."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, size, size, c // size**2).swapaxes(2, 3)
+    return x.reshape(b, h * size, w * size, c // size**2)
 
 
 class Upsample(nn.Module):

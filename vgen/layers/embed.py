@@ -1,8 +1,9 @@
-"""Positions: learned and fixed tables, and T5's relative bias."""
+"""Patches and positions: learned and fixed tables, their resizing, and T5's relative bias."""
 
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -68,6 +69,130 @@ def sincos_2d(
     y, x = np.divmod(np.arange(rows * columns), columns)
     angles = [np.outer(place, omega) for place in (x, y)]
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
+
+
+def resize_matrix(old: int, new: int, method: str, offset: float = 0.0) -> np.ndarray:
+    """Weights [new, old], float64, that resize one axis: interpolation of a table is separable, rows then columns.
+
+    method: "bilinear" with the corners kept in place (scipy.ndimage.zoom, order 1: AugReg's fine-tuning); "bicubic" as
+    torch's interpolate, which takes every fourth point at most when it shrinks; "bicubic_antialias", whose kernel
+    widens then.  offset: only for "bicubic": `new` in the scale is (new + offset) / old (DINOv2's code has 0.1).
+    Raises ValueError for another method.
+    """
+    weights = np.zeros((new, old))
+    if method == "bilinear":
+        at = np.arange(new) * ((old - 1) / max(new - 1, 1))
+        low = np.minimum(at.astype(int), old - 1)
+        np.add.at(weights, (np.arange(new), low), 1 - (at - low))
+        np.add.at(weights, (np.arange(new), np.minimum(low + 1, old - 1)), at - low)
+        return weights
+    if method == "bicubic":
+        at = (np.arange(new) + 0.5) * (old / (new + offset)) - 0.5
+        for tap in range(-1, 3):
+            place = np.floor(at) + tap
+            np.add.at(weights, (np.arange(new), np.clip(place, 0, old - 1).astype(int)), _cubic(at - place, -0.75))
+        return weights
+    if method == "bicubic_antialias":
+        scale = old / new
+        wide = max(scale, 1.0)
+        for i in range(new):
+            center = scale * (i + 0.5)
+            low, high = max(int(center - 2 * wide + 0.5), 0), min(int(center + 2 * wide + 0.5), old)
+            taps = _cubic((np.arange(low, high) + 0.5 - center) / wide, -0.5)
+            weights[i, low:high] = taps / taps.sum()
+        return weights
+    raise ValueError(f"resize_matrix: method must be 'bilinear', 'bicubic' or 'bicubic_antialias', got {method!r}")
+
+
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+    """The cubic convolution kernel (Keys 1981)."""
+    x = np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+class PatchEmbed(nn.Module):
+    """Images [b, h, w, c] -> a token for every patch [b, n, width], row-major.
+
+    It is a convolution with the stride of its kernel, computed as a dense layer.
+    size: (rows, columns) of a patch.  Parameters: kernel [rows, columns, c, width], bias [width].
+    Raises ValueError where the image is no multiple of the patch.
+    """
+
+    size: tuple[int, int]
+    width: int
+    bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Any = nn.initializers.xavier_uniform()
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n width"]:
+        b, h, w, c = images.shape
+        rows, columns = self.size
+        if h % rows or w % columns:
+            raise ValueError(f"PatchEmbed: images {images.shape} are no multiple of patches {self.size}; resize them")
+        x = images.reshape(b, h // rows, rows, w // columns, columns, c).swapaxes(2, 3)
+        flat = rows * columns * c
+
+        def init(key, shape, dtype):  # fans of the dense layer that it is
+            return self.kernel_init(key, (flat, self.width), dtype).reshape(shape)
+
+        kernel = self.param("kernel", init, (rows, columns, c, self.width), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.width,), self.param_dtype) if self.bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x = x.reshape(-1, flat) @ kernel.reshape(flat, self.width)
+        x = x if bias is None else x + bias
+        return x.reshape(b, -1, self.width)
+
+
+class GridPositions(nn.Module):
+    """A learned table for a grid of patches, resized to the grid at hand.
+
+    grid: (rows, columns) that the table belongs to.  cls: a first row of the table belongs to the class token.
+    resize, offset: see `resize_matrix`.  std: of the initial values.
+    Parameters: table [cls + rows * columns, width].
+    """
+
+    grid: tuple[int, int]
+    width: int
+    cls: bool = False
+    resize: str = "bilinear"
+    offset: float = 0.0
+    std: float = 0.02
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, rows: int, columns: int) -> tuple[Float[Array, "width"] | None, Float[Array, "n width"]]:
+        """(the class token's position or None, those of rows * columns patches)."""
+        length = self.cls + self.grid[0] * self.grid[1]
+        table = self.param("table", nn.initializers.normal(self.std), (length, self.width), self.param_dtype)
+        cls, table = (jnp.asarray(table[0]), jnp.asarray(table[1:])) if self.cls else (None, jnp.asarray(table))
+        if (rows, columns) == self.grid:
+            return cls, table
+        sizes = zip(self.grid, (rows, columns), strict=True)
+        down, across = (jnp.asarray(resize_matrix(*pair, self.resize, self.offset), table.dtype) for pair in sizes)
+        high = dict(precision=jax.lax.Precision.HIGHEST)
+        table = jnp.einsum("ir,jc,rcw->ijw", down, across, table.reshape(*self.grid, -1), **high)
+        return cls, table.reshape(rows * columns, -1)
+
+
+def sinusoids(
+    values: Float[Array, "*b"], width: int, *, temperature: float = 10_000.0, sin_first: bool = False
+) -> Float[Array, "*b width"]:
+    """Embeddings [..., width] of numbers: cos and sin of x temperature^(-i / h), i < h = width / 2, a half each.
+
+    The result has the values' precision, float32 at least.  sin_first: the order of the halves (Vaswani et al. 2017;
+    the other one is that of OpenAI's diffusion code).  Raises ValueError where width is odd.
+    """
+    if width % 2:
+        raise ValueError(f"sinusoids: width must be even, got {width}")
+    dtype = jnp.promote_types(values.dtype, jnp.float32)
+    omega = float(temperature) ** -(np.arange(width // 2) / (width // 2))
+    angles = values.astype(dtype)[..., None] * jnp.asarray(omega, dtype)
+    halves = (jnp.sin(angles), jnp.cos(angles)) if sin_first else (jnp.cos(angles), jnp.sin(angles))
+    return jnp.concatenate(halves, axis=-1)
 
 
 def relative_buckets(

@@ -124,8 +124,10 @@ def ema_update(
     codebook_state: "codebook" [K, d], "ema_count" [K], "ema_sum" [K, d], a quantizer's parameters. z_flat: the latents
     before quantisation, indices their codes. decay: of both averages. eps: Laplace smoothing of the counts.
     revive_below: a code whose average count falls under this fraction of the mean count is replaced by a latent of this
-      batch, drawn with `key` without repetition while there are enough, and starts with the mean count. 0 revives none.
-      (VQ-VAE-2 has no revival; Jukebox, section 3.1, restarts codes under a threshold the same way.)
+      batch and starts with the mean count. 0 revives none. (VQ-VAE-2 has no revival; Jukebox, section 3.1, restarts
+      codes under a threshold.) Latents are drawn with `key`, without repetition while there are enough, with
+      probabilities in proportion to the squared distance from their codes, as k-means++ seeds its centres (Arthur &
+      Vassilvitskii 2007): drawn evenly, they would be one plain background most of the time, which then has many names.
     normalize: whether the quantizer compares directions only (`VectorQuantizer.normalize`).
 
     Returns the new state, same keys, shapes and dtypes. Carries no gradient.
@@ -143,7 +145,9 @@ def ema_update(
     mean_count = count.mean()
     dead = count < revive_below * mean_count
     rank = jnp.cumsum(dead) - 1  # the i-th dead code takes the i-th latent of a random order
-    fresh = z[jax.random.permutation(key, n)[rank % n]]  # [k, d]
+    distance = jnp.square(z - codebook[indices].astype(dtype)).sum(-1)
+    order = (jax.random.gumbel(key, (n,)) + jnp.log(distance + 1e-30)).argsort(descending=True)
+    fresh = z[order[rank % n]]  # [k, d]
     count = jnp.where(dead, mean_count, count)
     total = jnp.where(dead[:, None], fresh * mean_count, total)
 

@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vgen import sharding
 from vgen.layers.attention import MultiHeadAttention
@@ -42,8 +43,18 @@ def norm_layer(kind: str, eps: float, name: str | None = None, **kwargs) -> nn.M
     raise ValueError(f"norm_layer: kind must be 'layer', 'layer_nobias' or 'rms', got {kind!r}")
 
 
+def modulate(x: jax.Array, cond: jax.Array, **kwargs) -> jax.Array:
+    """x (1 + scale) + shift, scale and shift [b, width] being linear in silu(cond) (adaLN, Peebles & Xie 2023).
+
+    x: [b, ..., width].  cond: [b, any].  kwargs: of the one linear layer that makes both, scale first.
+    """
+    scale, shift = jnp.split(linear(2 * x.shape[-1], **kwargs)(jax.nn.silu(cond)), 2, axis=-1)
+    axes = tuple(range(1, x.ndim - 1))
+    return x * (1 + jnp.expand_dims(scale, axes)) + jnp.expand_dims(shift, axes)
+
+
 class MLP(nn.Module):
-    """fc2(act(fc1 x)), or gated: fc2(act(gate x) * fc1 x) (GLU variants, Shazeer 2020).
+    """fc2(act(fc1 x)), or gated: fc2(act(gate x) * fc1 x) (GLU variants, Shazeer 2020; SwiGLU: act "silu").
 
     dim: hidden width.  mid_norm: kind of a norm ahead of fc2 (NormFormer, Shleifer et al. 2021), or None.
     """
@@ -77,8 +88,14 @@ class Block(nn.Module):
 
     order: "pre": x + f(norm x); "post": norm(x + f x), as BERT; "sandwich": x + norm(f(norm x)), with a norm inside the
     MLP as well (NormFormer, Shleifer et al. 2021).
-    norm, eps: see `norm_layer`.  bias: of the projections.  axes: see `multi_axis`; self-attention only.
-    Parameters: attn, attn_norm, cross, cross_norm, mlp, mlp_norm; attn_post, cross_post, mlp.mid_norm where sandwiched.
+    norm, eps: see `norm_layer`.  bias: of the projections; qkv_bias: of queries, keys and values (None: as `bias`).
+    axes: see `multi_axis`; self-attention only.
+    layer_scale: initial value of a learned factor per channel on each branch (CaiT, Touvron et al. 2021), None: none.
+    drop_path: probability that a training sample skips a branch (stochastic depth, Huang et al. 2016), the others are
+    divided by what is left; a tuple holds one for every layer of a stack, see `drop_path_rates`.
+    mlp_norm: kind of the MLP's norm, `norm` by default.
+    Parameters: attn, attn_norm, cross, cross_norm, mlp, mlp_norm; attn_post, cross_post, mlp.mid_norm where sandwiched;
+    attn_scale, cross_scale, mlp_scale [width] with layer_scale; attn_mod, cross_mod, mlp_mod where a cond is given.
     """
 
     heads: int
@@ -98,12 +115,17 @@ class Block(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Any = nn.initializers.xavier_uniform()
+    qkv_bias: bool | None = None
+    layer_scale: float | None = None
+    drop_path: float | tuple[float, ...] = 0.0
+    mlp_norm: str | None = None
 
     @nn.compact
     def __call__(
         self,
         x,
         *,
+        cond=None,
         mask=None,
         bias=None,
         causal=False,
@@ -117,22 +139,26 @@ class Block(nn.Module):
     ):
         """x: [b, n, width] -> the same shape.
 
+        cond: [b, any], a condition that scales and shifts what every norm gives (`modulate`); order "pre" alone.
         mask, context_mask: bool [b, keys] or broadcastable to [b, heads, n, keys].  bias: added to the logits of
         self-attention.  context: [b, m, any].  keep_context: bool [b]; a sample that does not keep its context attends
         to its own tokens there, through the same keys and values, so that kept and dropped samples share one call
         (Muse, Chang et al. 2023, section 2.7); context and x then have one width.
         layer, control, step: for AttentionControl.  train: whether dropout (rng "dropout") is on.
-        Raises ValueError for an unknown order, or a context that `cross` does not announce.
+        Raises ValueError for an unknown order, a cond in another one than "pre", or a context that `cross` does not
+        announce.
         """
         if self.order not in ("pre", "post", "sandwich"):
             raise ValueError(f"Block: order must be 'pre', 'post' or 'sandwich', got {self.order!r}")
+        if cond is not None and self.order != "pre":
+            raise ValueError(f"Block: cond needs order 'pre', got {self.order!r}")
         if self.cross != (context is not None):
             raise ValueError(f"Block: cross is {self.cross} but context is {'missing' if context is None else 'given'}")
         kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         heads = dict(
             heads=self.heads,
             head_dim=self.head_dim,
-            qkv_bias=self.bias,
+            qkv_bias=self.bias if self.qkv_bias is None else self.qkv_bias,
             out_bias=self.bias,
             scale=self.scale,
             qk_norm=self.qk_norm,
@@ -143,14 +169,16 @@ class Block(nn.Module):
         probe = dict(layer=layer, control=control, step=step)
 
         def residual(x, f, name):
-            norm = norm_layer(self.norm, self.eps, name + "_norm", **kwargs)
-            drop = nn.Dropout(self.dropout, deterministic=not train)
-            if self.order == "post":
-                return norm(x + drop(f(x)))
-            y = f(norm(x))
+            kind = self.mlp_norm or self.norm if name == "mlp" else self.norm
+            norm = norm_layer(kind, self.eps, name + "_norm", **kwargs)
+            y = x if self.order == "post" else norm(x)
+            if cond is not None:
+                y = modulate(y, cond, name=name + "_mod", use_bias=self.bias, **kwargs)
+            y = f(y)
             if self.order == "sandwich" and name != "mlp":
                 y = norm_layer(self.norm, self.eps, name + "_post", **kwargs)(y)
-            return x + drop(y)
+            y = self._branch(nn.Dropout(self.dropout, deterministic=not train)(y), name, layer, train)
+            return norm(x + y) if self.order == "post" else x + y
 
         attn = MultiHeadAttention(axes=self.axes, name="attn", **heads)
         x = residual(x, lambda h: attn(h, mask=mask, bias=bias, causal=causal, **probe), "attn")
@@ -170,6 +198,23 @@ class Block(nn.Module):
             **kwargs,
         )
         return residual(x, lambda h: mlp(h, train), "mlp")
+
+    def _branch(self, y, name, layer, train):
+        """LayerScale and stochastic depth of one branch."""
+        if self.layer_scale is not None:
+            init = nn.initializers.constant(self.layer_scale)
+            y = y * self.param(name + "_scale", init, y.shape[-1:], self.param_dtype).astype(y.dtype)
+        if not train or not np.any(self.drop_path):
+            return y
+        keep = 1 - jnp.asarray(self.drop_path, y.dtype)
+        keep = keep if keep.ndim == 0 else keep[layer]
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (y.shape[0],) + (1,) * (y.ndim - 1))
+        return jnp.where(kept, y / keep, 0)
+
+
+def drop_path_rates(last: float, depth: int) -> tuple[float, ...]:
+    """Rates of stochastic depth that rise linearly from 0 in the first layer to `last` in the last one."""
+    return tuple(last * i / max(depth - 1, 1) for i in range(depth)) if last else ()
 
 
 def _or_self(h, context, mask, keep):
@@ -217,3 +262,20 @@ def stack(
     )
     x, states = scan(block, x, jnp.arange(depth))
     return (x, states) if collect else x
+
+
+class Stacked(nn.Module, kw_only=True):
+    """What networks made of stacks of blocks share: how they run them.
+
+    remat, unroll, constrain: see `stack`.  dtype: of the computation, None for that of inputs and parameters.
+    """
+
+    remat: str = "none"
+    unroll: int = 1
+    constrain: Any = None
+    dtype: Any = None
+
+    def run_stack(self, block: nn.Module, x, *, depth: int, **kwargs):
+        """`stack` with the fields of this module; call it in its compact method."""
+        run = dict(remat=self.remat, unroll=self.unroll, constrain=self.constrain)
+        return stack(block, x, depth=depth, **run, **kwargs)

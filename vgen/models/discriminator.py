@@ -8,50 +8,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vgen.layers.conv import GroupNorm
+from vgen.layers.conv import BatchNorm, GroupNorm
 
 normal_init = nn.initializers.normal(0.02)  # as in pix2pix
 
 
-class BatchNorm(nn.Module):
-    """Batch normalisation whose running statistics are parameters, their new values returned and not stored.
-
-    momentum: weight of the new batch in the running statistics. In training, the variance that normalises is the
-    biased one and the variance that is averaged the unbiased one, as in PyTorch.
-
-    Parameters: scale, bias, mean, var, each [c]; mean and var are buffers, no gradient reaches them.
-    Returns (normalised map, {"mean", "var"} after this batch, or {} when train is False).
-    """
-
-    momentum: float = 0.1
-    eps: float = 1e-5
-    dtype: Any = None
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w c"], train: bool
-    ) -> tuple[Float[Array, "b h w c"], dict[str, Float[Array, "c"]]]:
-        c, out = x.shape[-1], self.dtype
-        scale = self.param("scale", lambda key, shape: 1 + normal_init(key, shape), (c,))
-        bias = self.param("bias", nn.initializers.zeros_init(), (c,))
-        running_mean = jax.lax.stop_gradient(self.param("mean", nn.initializers.zeros_init(), (c,)))
-        running_var = jax.lax.stop_gradient(self.param("var", nn.initializers.ones_init(), (c,)))
-        out = jnp.promote_types(x.dtype, scale.dtype) if out is None else out
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if not train:
-            mean, var, updates = running_mean, running_var, {}
-        else:
-            mean = x.mean((0, 1, 2))
-            var = jnp.square(x - mean).mean((0, 1, 2))
-            n = x.size // c
-            batch = {"mean": mean, "var": var * (n / max(n - 1, 1))}
-            old = {"mean": running_mean, "var": running_var}
-            updates = {
-                k: (old[k] + self.momentum * (jax.lax.stop_gradient(batch[k]) - old[k])).astype(old[k].dtype)
-                for k in old
-            }
-        gain = jax.lax.rsqrt(var + self.eps) * scale
-        return (x * gain + (bias - mean * gain)).astype(out), updates
+def _scale_init(key, shape):
+    return 1 + normal_init(key, shape)
 
 
 class Discriminated(NamedTuple):
@@ -94,7 +57,7 @@ class NLayerDiscriminator(nn.Module):
             stride = 2 if i < self.layers else 1
             x = conv(i, self.channels * min(2**i, 8), stride, self.norm == "none")(x)
             if self.norm == "batch":
-                x, new = BatchNorm(dtype=self.dtype, name=f"norm_{i}")(x, train)
+                x, new = BatchNorm(scale_init=_scale_init, dtype=self.dtype, name=f"norm_{i}")(x, train)
                 updates |= {f"norm_{i}/{k}": v for k, v in new.items()}
             elif self.norm == "group":
                 x = GroupNorm(self.groups, dtype=self.dtype, name=f"norm_{i}")(x)

@@ -12,7 +12,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from vgen.layers.conv import Downsample, GroupNorm, ResBlock, SpatialAttention, Upsample
+from vgen.layers.conv import (
+    Downsample,
+    GroupNorm,
+    ResBlock,
+    SpatialAttention,
+    Upsample,
+    depth_to_space,
+    space_to_depth,
+)
 from vgen.layers.quantize import Quantized, VectorQuantizer
 from vgen.sharding import constrain
 
@@ -91,7 +99,12 @@ class Level(nn.Module):
         block, attn = (nn.remat(m) if self.remat else m for m in (ResBlock, SpatialAttention))
         for i in range(self.blocks):
             x = block(
-                self.channels, self.layout.bias, self.layout.shortcut, self.groups, dtype=self.dtype, name=f"block_{i}"
+                self.channels,
+                self.layout.bias,
+                self.layout.shortcut,
+                self.groups,
+                dtype=self.dtype,
+                name=f"block_{i}",
             )(x)
             if self.attention[i]:
                 x = attn(groups=self.groups, dtype=self.dtype, name=f"attn_{i}")(x)
@@ -109,9 +122,14 @@ class _Half(nn.Module):
     layout: str | Layout = "maskgit"
     image_channels: int = 3
     image_range: tuple[float, float] = (-1.0, 1.0)
+    patch: int = 1
     groups: int = 32
     remat: bool = False
     dtype: Any = None
+
+    @property
+    def factor(self) -> int:
+        return self.patch * 2 ** (len(self.multipliers) - 1)
 
     def level(self, i: int, name: str) -> Level:
         attention = (i in self.attention_levels,) * self.blocks
@@ -139,7 +157,7 @@ class Encoder(_Half):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        layout, factor = resolve_layout(self.layout), 2 ** (len(self.multipliers) - 1)
+        layout, factor = resolve_layout(self.layout), self.factor
         if images.shape[1] % factor or images.shape[2] % factor:
             raise ValueError(
                 f"Encoder: height and width of images {images.shape} must be multiples of the factor {factor}; "
@@ -149,7 +167,7 @@ class Encoder(_Half):
         if (low, high) != (-1.0, 1.0):
             # QUIRK: MaskGIT's tokenizer takes images in [0, 1] (its release reads uint8 / 255); vgen's are in [-1, 1].
             images = (images + 1) * ((high - low) / 2) + low
-        x = self.conv(self.channels, 3, "conv_in", layout.stem_bias)(images)
+        x = self.conv(self.channels, 3, "conv_in", layout.stem_bias)(space_to_depth(images, self.patch))
         for i in range(len(self.multipliers)):
             x = self.level(i, f"down_{i}")(x)
             if i + 1 < len(self.multipliers):
@@ -180,7 +198,7 @@ class Decoder(_Half):
             if i:
                 x = Upsample(self.dtype, name=f"upsample_{i}")(x)
         x = nn.swish(GroupNorm(self.groups, dtype=self.dtype, name="norm_out")(x))
-        images = self.conv(self.image_channels, 3, "conv_out")(x)
+        images = depth_to_space(self.conv(self.image_channels * self.patch**2, 3, "conv_out")(x), self.patch)
         low, high = self.image_range
         if (low, high) != (-1.0, 1.0):
             images = (images - low) * (2 / (high - low)) - 1  # QUIRK: the encoder's map, undone
@@ -191,7 +209,7 @@ class VQGAN(nn.Module):
     """Encoder, vector quantizer and decoder; images in [-1, 1] at its edges, tokens int32 in between.
 
     channels, multipliers: width at the image's resolution and its multiples, one per level; the downsampling factor is
-      2^(levels - 1). blocks: residual blocks per encoder level.
+      patch * 2^(levels - 1). blocks: residual blocks per encoder level.
     attention_levels: indices of levels with attention (taming at factor 16: (4,), its 16 x 16 level). By level, where
       the taming code goes by nominal resolution, so any image size takes the same network.
     latent_channels: width between the halves and the quantizer. num_codes: codebook size K.
@@ -200,6 +218,8 @@ class VQGAN(nn.Module):
     decoder_channels, decoder_blocks: for a decoder of another size (None: the encoder's width, its blocks plus the
       layout's extra). layout: "maskgit", "taming" or a `Layout`.
     image_range: the range the network itself works in; MaskGIT's weights want (0, 1).
+    patch: both ends work on patches of this many pixels a side as channels (space to depth, as the sub-pixel layers of
+      Shi et al. 2016), which multiplies the downsampling factor; 1 in the published models.
     groups: of every GroupNorm. remat: recompute blocks in the backward pass. The rest: see `VectorQuantizer`.
 
     Parameters: encoder, decoder, quantizer (codebook, ...) and, with code_dim, quant_conv and post_quant_conv.
@@ -217,6 +237,7 @@ class VQGAN(nn.Module):
     layout: str | Layout = "maskgit"
     image_channels: int = 3
     image_range: tuple[float, float] = (-1.0, 1.0)
+    patch: int = 1
     groups: int = 32
     remat: bool = False
     ema: bool = False
@@ -234,7 +255,7 @@ class VQGAN(nn.Module):
             name: getattr(self, name)
             for name in (
                 "multipliers", "attention_levels", "latent_channels", "layout", "image_channels", "image_range",
-                "groups", "remat", "dtype",
+                "patch", "groups", "remat", "dtype",
             )
         }  # fmt: skip
         self.encoder = Encoder(channels=self.channels, blocks=self.blocks, **common)
@@ -267,7 +288,7 @@ class VQGAN(nn.Module):
     @property
     def downsampling(self) -> int:
         """Pixels per token along each axis."""
-        return 2 ** (len(self.multipliers) - 1)
+        return self.patch * 2 ** (len(self.multipliers) - 1)
 
     def encode(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         """Images to latents of the codes' width, before quantisation."""
