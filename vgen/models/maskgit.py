@@ -1,25 +1,23 @@
 """MaskGIT's transformer: masked image tokens, given a class (Chang et al. 2022, arXiv:2202.04200)."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vgen.layers.embed import Positions
-from vgen.layers.transformer import Block, activation, norm_layer, stack
+from vgen.layers.transformer import Block, Stacked, activation, norm_layer
 
 EPS = 1e-12  # of every norm, as BERT
 IMAGENET_256 = dict(codebook=1024, classes=1000, length=257, depth=24, width=768, heads=16, mlp_dim=3072)
 IMAGENET_512 = dict(IMAGENET_256, length=1025)
 
 
-class MaskGIT(nn.Module):
+class MaskGIT(Stacked):
     """BERT over [class, token 1, ..., token n], output tied to the embedding (google-research/maskgit, Apache-2.0).
 
     One table holds the codebook's ids, then the classes', then the mask's, `codebook + classes`.
     length: tokens and the class.  heads: the released code has 16, the paper says 8.
-    remat, unroll, constrain: see `vgen.layers.transformer.stack`.
+    Other fields: see `vgen.layers.transformer.Stacked`.
     Parameters: embed, positions, embed_norm, layers [depth, ...], head, head_norm, head_bias.
     """
 
@@ -31,10 +29,6 @@ class MaskGIT(nn.Module):
     heads: int
     mlp_dim: int
     dropout: float = 0.0
-    remat: str = "none"
-    unroll: int = 1
-    constrain: Any = None
-    dtype: Any = None
 
     @property
     def mask_id(self) -> int:
@@ -60,13 +54,10 @@ class MaskGIT(nn.Module):
             kernel_init=init,
             name="layers",
         )
-        x = stack(
+        x = self.run_stack(
             block,
             x,
             depth=self.depth,
-            remat=self.remat,
-            unroll=self.unroll,
-            constrain=self.constrain,
             train=train,
             control=control,
             step=step,

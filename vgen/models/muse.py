@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vgen.layers.embed import Positions2D
 from vgen.layers.linear import linear
-from vgen.layers.transformer import Block, activation, norm_layer, stack
+from vgen.layers.transformer import Block, Stacked, activation, norm_layer
 
 BASE_3B = dict(vocab=8192, grid=(16, 16), depth=48, width=2048, heads=32, mlp_dim=8192)  # published
 BASE_632M = dict(vocab=8192, grid=(16, 16), depth=24, width=1280, heads=20, mlp_dim=5120)  # a guess, see above
@@ -32,7 +32,11 @@ SUPER_RES = dict(
 
 
 class _Tokens(nn.Module):
-    """Token ids 0..vocab (the last is the mask) -> embeddings with learned 2-D positions."""
+    """Token ids 0..vocab (the last is the mask) -> embeddings with learned 2-D positions, normalised.
+
+    The norm is MaskGIT's (and BERT's); the paper is silent. Without it the first branches, of order one, drown the
+    small embeddings: mini then needs some 300 steps more before it begins to relate a token to its neighbours.
+    """
 
     vocab: int
     grid: tuple[int, int]
@@ -44,7 +48,8 @@ class _Tokens(nn.Module):
         x = nn.Embed(
             self.vocab + 1, self.width, dtype=self.dtype, name="embed", embedding_init=nn.initializers.normal(0.02)
         )(tokens)
-        return Positions2D(self.grid, dtype=self.dtype, name="positions")(x)
+        x = Positions2D(self.grid, dtype=self.dtype, name="positions")(x)
+        return norm_layer("layer", 1e-6, "norm", dtype=self.dtype)(x)
 
 
 class _Head(nn.Module):
@@ -61,12 +66,13 @@ class _Head(nn.Module):
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
-class BaseTransformer(nn.Module):
+class BaseTransformer(Stacked):
     """Masked tokens and text -> logits of every token (section 2.3).
 
     vocab: codebook size; the mask's id is `vocab`.  grid: (rows, columns) of tokens.
-    remat, unroll, constrain: see `vgen.layers.transformer.stack`.
-    Parameters: image {embed, positions}, text (projection to the width), layers [depth, ...], head {norm, fc, logits}.
+    Other fields: see `vgen.layers.transformer.Stacked`.
+    Parameters: image {embed, positions, norm}, text (projection to the width), layers [depth, ...], head {norm, fc,
+    logits}.
     """
 
     vocab: int
@@ -78,10 +84,6 @@ class BaseTransformer(nn.Module):
     act: str = "gelu_tanh"
     bias: bool = False
     dropout: float = 0.0
-    remat: str = "none"
-    unroll: int = 1
-    constrain: Any = None
-    dtype: Any = None
 
     @nn.compact
     def __call__(
@@ -112,13 +114,10 @@ class BaseTransformer(nn.Module):
             dtype=self.dtype,
             name="layers",
         )
-        x = stack(
+        x = self.run_stack(
             block,
             x,
             depth=self.depth,
-            remat=self.remat,
-            unroll=self.unroll,
-            constrain=self.constrain,
             context=text,
             context_mask=text_mask,
             keep_context=keep_text,
@@ -129,7 +128,7 @@ class BaseTransformer(nn.Module):
         return _Head(self.vocab, self.dtype, name="head")(x)
 
 
-class SuperResTransformer(nn.Module):
+class SuperResTransformer(Stacked):
     """Masked high-resolution tokens, given low-resolution tokens and text -> logits of every token (section 2.4).
 
     The low-resolution tokens pass through self-attention layers of their own and are joined with the projected text;
@@ -153,10 +152,6 @@ class SuperResTransformer(nn.Module):
     act: str = "gelu_tanh"
     bias: bool = False
     dropout: float = 0.0
-    remat: str = "none"
-    unroll: int = 1
-    constrain: Any = None
-    dtype: Any = None
 
     @nn.compact
     def __call__(
@@ -177,10 +172,10 @@ class SuperResTransformer(nn.Module):
         here, and guidance is then along the text alone.
         """
         args = dict(act=self.act, bias=self.bias, dropout=self.dropout, dtype=self.dtype)
-        run = dict(remat=self.remat, unroll=self.unroll, constrain=self.constrain)
-        run |= dict(train=train, control=control, step=step)
+        run = dict(train=train, control=control, step=step)
         low = _Tokens(self.low_vocab, self.low_grid, self.width, self.dtype, name="low")(low)
-        low = stack(Block(self.heads, self.mlp_dim, name="low_layers", **args), low, depth=self.low_depth, **run)
+        low_block = Block(self.heads, self.mlp_dim, name="low_layers", **args)
+        low = self.run_stack(low_block, low, depth=self.low_depth, **run)
         low = norm_layer("layer", 1e-6, "low_norm", dtype=self.dtype)(low)
 
         text_mask = jnp.ones(text.shape[:2], bool) if text_mask is None else text_mask
@@ -192,7 +187,7 @@ class SuperResTransformer(nn.Module):
         x = _Tokens(self.vocab, self.grid, self.width, self.dtype, name="image")(tokens)
         axes = None if self.block is None else (*self.grid, self.block)
         block = Block(self.heads, self.mlp_dim, cross=True, axes=axes, name="layers", **args)
-        x = stack(block, x, depth=self.depth, context=context, context_mask=mask, **run)
+        x = self.run_stack(block, x, depth=self.depth, context=context, context_mask=mask, **run)
         return _Head(self.vocab, self.dtype, name="head")(x)
 
 

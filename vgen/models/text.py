@@ -1,20 +1,21 @@
 """A small text encoder that is trained with the generator, for scales without a pretrained one."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vgen.layers.embed import Positions
-from vgen.layers.transformer import Block, norm_layer, stack
+from vgen.layers.transformer import Block, Stacked, norm_layer
 
 
-class TextTransformer(nn.Module):
+class TextTransformer(Stacked):
     """Bidirectional pre-norm transformer with learned positions: tokens [b, l] -> (states [b, l, width], mask [b, l]).
 
+    The embeddings are normalised first, as BERT's: the layers would drown words of small scale.
+
     vocab: number of token ids.  length: the longest text, in tokens.
-    Parameters: embed, positions, layers [depth, ...], norm.
+    Other fields: see `vgen.layers.transformer.Stacked`.
+    Parameters: embed, positions, embed_norm, layers [depth, ...], norm.
     """
 
     vocab: int
@@ -24,10 +25,6 @@ class TextTransformer(nn.Module):
     heads: int
     mlp_dim: int
     dropout: float = 0.0
-    remat: str = "none"
-    unroll: int = 1
-    constrain: Any = None
-    dtype: Any = None
 
     @nn.compact
     def __call__(
@@ -39,14 +36,12 @@ class TextTransformer(nn.Module):
             self.vocab, self.width, dtype=self.dtype, name="embed", embedding_init=nn.initializers.normal(0.02)
         )(tokens)
         x = Positions(self.length, dtype=self.dtype, name="positions")(x)
+        x = norm_layer("layer", 1e-6, "embed_norm", dtype=self.dtype)(x)
         block = Block(self.heads, self.mlp_dim, dropout=self.dropout, dtype=self.dtype, name="layers")
-        x = stack(
+        x = self.run_stack(
             block,
             x,
             depth=self.depth,
-            remat=self.remat,
-            unroll=self.unroll,
-            constrain=self.constrain,
             mask=mask,
             train=train,
         )
