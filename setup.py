@@ -19,6 +19,7 @@ core = [
     "absl-py",
     "beartype>=0.20",
     "jaxtyping>=0.3",
+    "ml_dtypes",
     "numpy",
     "safetensors",
     "pillow>=10.1",
@@ -27,6 +28,7 @@ core = [
     "tqdm",
 ]
 photos = ["scikit-image>=0.26", "scikit-learn>=1.7"]
+hub = ["huggingface_hub"]
 notebooks = ["ipykernel", "matplotlib", "nbclient", "nbformat"]
 
 setup(
@@ -49,12 +51,14 @@ setup(
             "ruff",
             "sentencepiece",
             "tensorflow-datasets>=4.9.10",
+            *hub,
             *photos,
             *notebooks,
         ],
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "data": ["tensorflow-datasets>=4.9.10"],
+        "hub": hub,
         "photos": photos,
         "notebooks": notebooks,
     },

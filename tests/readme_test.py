@@ -15,7 +15,7 @@ from vgen.stages import Run
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LAUNCH = (ROOT / "launch/README.md").read_text(encoding="utf-8")
-PIXELS = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+PIXELS = re.search(r'```python\n("""pixels.py.*?)```', README, re.S).group(1)
 
 # Every program that a block may call, replaced by one that prints its arguments; nothing else is found.
 STUBS = "".join(

@@ -56,7 +56,7 @@ class InitConfig:
     part: str = ""
     without: str = ""
     file: str | None = None
-    reader: str = "vgen.weights:read_weights"
+    reader: str = "vgen.convert.sources:read_weights"
 
 
 @dataclasses.dataclass(frozen=True)

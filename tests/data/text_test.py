@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from vgen.data import spiece
 from vgen.data.images import DataError
 from vgen.data.text import BPE, T5, Clip, Tokenizer, open_tokenizer
 
@@ -16,6 +18,35 @@ CORPUS = [f"a {size} {colour} {shape} left of the blue star" for size in ("small
           for shape in ("circle", "square")] * 4  # fmt: skip
 ODD = ["", " ", "  two  spaces\n\ttab ", "naïve café — 漢字 العربية", "👩‍👩‍👧 🇫🇷 e\u0301", "\x00\x7f\ufeff",
        "<pad></s><|endoftext|> x", "it's 2024: don't!!", "A" * 500, "word " * 200, "İstanbul ǅ ﬁ Ⅷ ½"]  # fmt: skip
+
+
+HARD = [  # html, quotes, case and digits of other scripts, spaces of every kind, marks, runs, names of special tokens
+    "a &amp; b &lt;tag&gt; &quot;q&quot; &#39;s &eacute; &amp;amp;", "<br/> http://x.y/z?q=1&r=2", "…“quotes”‘s’ — –",
+    "a\u200bb\u00a0c\u2003d\u3000e", "Å A\u030a \u212b", "ẞ ß SS", "한국어 \u1112\u1161\u11ab", "𝔘𝔫𝔦 𝟙𝟚 ⓐⒷ",
+    "١٢٣ 一二三 Ⅻ", "don`t don’t he'll've 'tis ''' 's's I'LL", "___---***", "tab\x0bvt\x0cff\x1cfs\x85nel\r\n",
+    "e\u0301\u0301\u0301 a\u0300\u0316", "i\u0307ı ΑΣ ΣΑΣ", "🏳️‍🌈😀😀😀", "\u202eabc \ufffd", "$3.50 €4 100%", "ﷺ " * 99,
+    "'" * 300, "😀" * 300, "日本" * 300, "<|endoftext|>", "a<|startoftext|>b <|ENDOFTEXT|>", "</s>", "x<pad></s><unk>y",
+    "a <extra_id_0> cat <extra_id_99>. <extra_id_100> <EXTRA_ID_1>",
+]  # fmt: skip
+POOLS = [
+    "abcdefXYZ",
+    "'’`\"",
+    " \t\n\u00a0\u200b",
+    "0123٣²½",
+    "éÉßǅİΣς",
+    "漢字かな한",
+    "😀👩‍🇫",
+    "!?.,-_<>|&;#",
+    "\u0301\u0308\u0327",
+]
+
+
+def fuzz(n):
+    """Random texts of characters that tokenizers treat each in their own way, and of any characters at all."""
+    rng = random.Random(0)
+    found = ["".join(rng.choice(rng.choice(POOLS)) for _ in range(rng.randrange(1, 40))) for _ in range(n)]
+    rest = ("".join(chr(rng.randrange(0x20, 0x1FBFF)) for _ in range(12)) for _ in range(n // 4))
+    return found + [text.encode("utf-8", "replace").decode() for text in rest]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +132,10 @@ def test_clip_ids_equal_transformers(clip_folder):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.CLIPTokenizer.from_pretrained(clip_folder)
     ours = Clip.load(clip_folder)
-    texts = ODD + CORPUS[:3] + ["The RED blue's it!! <|startoftext|> 20", "hello<|endoftext|>tail"]
+    texts = ODD + CORPUS[:3] + ["The RED blue's it!! <|startoftext|> 20", "hello<|endoftext|>tail"] + HARD + fuzz(800)
+    assert isinstance(theirs, transformers.CLIPTokenizerFast)  # one class in transformers 5
+    short = theirs(texts, padding="max_length", truncation=True, max_length=9)
+    np.testing.assert_array_equal(ours.encode(texts, 9)[0], short["input_ids"])
     want = theirs(texts, padding="max_length", truncation=True, max_length=77)
     tokens, mask = ours.encode(texts)
     np.testing.assert_array_equal(tokens, want["input_ids"])
@@ -158,24 +192,74 @@ def test_t5_from_tokenizer_json(t5_json):
     np.testing.assert_array_equal(tokens != 0, mask)
 
 
-def test_t5_from_sentencepiece_equals_transformers(tmp_path):
+@pytest.fixture(scope="module")
+def spiece_folder(tmp_path_factory):
+    """A unigram model as T5's: the same normalisation (nmt_nfkc), the same special ids."""
     sentencepiece = pytest.importorskip("sentencepiece")
-    transformers = pytest.importorskip("transformers")
-    (tmp_path / "corpus.txt").write_text("\n".join(CORPUS + ["naïve café it's 2024"]))
+    folder = tmp_path_factory.mktemp("spiece")
+    lines = CORPUS + [" ".join(text.split()) for text in HARD[:16] + fuzz(40)[:40]] + ["naïve café it's 2024"]
+    (folder / "corpus.txt").write_text("\n".join(lines), "utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=90, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+        input=str(folder / "corpus.txt"), model_prefix=str(folder / "spiece"), vocab_size=400, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2, user_defined_symbols=["<own>"],
     )  # fmt: skip
-    t5 = T5.load(tmp_path)
-    texts = [t for t in ODD if "</s>" not in t] + CORPUS[:3]  # transformers reads a literal </s> as the end
-    theirs = transformers.T5Tokenizer.from_pretrained(tmp_path, extra_ids=0)
-    want = theirs(texts, padding="max_length", truncation=True, max_length=32)
-    tokens, mask = pickle.loads(pickle.dumps(t5)).encode(texts, 32)
-    np.testing.assert_array_equal(mask, np.array(want["attention_mask"]) == 1)
-    np.testing.assert_array_equal(tokens, want["input_ids"])
-    assert t5.decode(t5.encode(CORPUS[:2], 40)[0]) == CORPUS[:2]
+    return folder
+
+
+def test_t5_ids_equal_transformers(spiece_folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = T5.load(spiece_folder)
+    texts = ODD + CORPUS[:3] + HARD + ["an <own> b<own>c"] + fuzz(800)
+    theirs = transformers.T5Tokenizer.from_pretrained(spiece_folder)
+    assert ours.vocab_size == len(theirs) and theirs.convert_tokens_to_ids("<extra_id_0>") == ours.vocab_size - 1
+    for length in (64, 7):
+        want = theirs(texts, padding="max_length", truncation=True, max_length=length)
+        tokens, mask = pickle.loads(pickle.dumps(ours)).encode(texts, length)
+        np.testing.assert_array_equal(mask, np.array(want["attention_mask"]) == 1)
+        np.testing.assert_array_equal(tokens, want["input_ids"])
+    assert ours.decode(ours.encode(CORPUS[:2], 40)[0]) == CORPUS[:2]
+    theirs.save_pretrained(tmp_path)  # tokenizer.json
+    np.testing.assert_array_equal(T5.load(tmp_path).encode(texts, 7)[0], tokens)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "spiece.model").write_bytes((spiece_folder / "spiece.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"extra_ids": 3}')
+    assert T5.load(tmp_path).vocab_size == ours.vocab_size - 97
+
+
+def test_t5_ids_equal_sentencepiece_on_plain_text(spiece_folder):
+    """The authors' tokenizer; it knows no sentinels, and parts from transformers' where `spiece.tokenizer` says so."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(spiece_folder / "spiece.model"))
+    texts = [
+        *CORPUS[:8],
+        "naïve café — 漢字 العربية",
+        "it's 2024: don't!!",
+        "  two  spaces\n\ttab ",
+        "",
+        "word " * 9,
+        "½ ﬁ Ⅷ",
+    ]
+    tokens, mask = T5.load(spiece_folder).encode(texts, 200)
+    assert [row[m][:-1].tolist() for row, m in zip(tokens, mask)] == theirs.encode(texts)
+    assert spiece.read(spiece_folder / "spiece.model").pieces[5][0] == theirs.id_to_piece(5)
+
+
+def test_t5_refuses_damaged_files(spiece_folder, tmp_path):
+    whole, rng = (spiece_folder / "spiece.model").read_bytes(), random.Random(0)
+    path = tmp_path / "spiece.model"
+    for damaged in (b"", b"\xff" * 9, whole[:1000], b"\x0b" + whole, b"{}"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match="spiece.model"):
+            T5.load(tmp_path)
+    for _ in range(100):  # any damage is refused, or leaves a model
+        at = rng.randrange(2000)
+        path.write_bytes(whole[:at] + bytes([rng.randrange(256)]) + whole[at + 1 :])
+        try:
+            T5.load(tmp_path)
+        except DataError:
+            pass
 
 
 def test_t5_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="spiece.model or tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json or spiece.model"):
         T5.load(tmp_path)

@@ -60,7 +60,7 @@ def test_torchvision_and_lin_files_together(gold, weights_file, tmp_path):
     want = m.load_lpips(weights_file)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert got["lin"]["lin4"].shape == (512,) and got["vgg"]["conv1_1"]["kernel"].shape == (3, 3, 3, 64)
-    with pytest.raises(ValueError, match="lack lin/lin0.*v0.1/vgg.pth"):
+    with pytest.raises(UserError, match="(?s)vgg16.*unfilled lin/lin0.*v0.1/vgg.pth"):
         m.load_lpips(tmp_path / "vgg16.safetensors")
 
 
@@ -79,8 +79,14 @@ def test_load_errors(gold, tmp_path):
     bad = dict(gold["weights"])
     bad["lin0.model.1.weight"] = np.zeros((1, 65, 1, 1), np.float32)
     np.savez(tmp_path / "bad.npz", **bad)
-    with pytest.raises(ValueError, match=r"lin/lin0 has shape \(65,\).*expected \(64,\)"):
+    with pytest.raises(UserError, match=r"lin/lin0: got \(65,\), expected \(64,\)"):
         m.load_lpips(tmp_path / "bad.npz")
+    with pytest.raises(UserError, match="lin0.model.1.weight in .*already read with other values"):
+        np.savez(tmp_path / "lpips.npz", **gold["weights"])
+        m.load_lpips([tmp_path / "lpips.npz", tmp_path / "bad.npz"])
+    np.savez(tmp_path / "alex.npz", **gold["weights"], **{"features.31.weight": np.zeros(1)})
+    with pytest.raises(UserError, match="unread features.31.weight"):
+        m.load_lpips(tmp_path / "alex.npz")
 
 
 def test_trunk_size():

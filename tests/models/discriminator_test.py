@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tests.golden import convert_tokenizers as convert
+from tests.convert import tables
 from tests.golden import golden
+from vgen.convert import rules
+from vgen.convert.vqgan import discriminator_table
 from vgen.models import discriminator as d
 
 TOL = 1e-9
@@ -26,10 +29,12 @@ def nchw(x):
 def test_golden(x64):
     g = golden.load("vqgan_discriminator")
     model = d.NLayerDiscriminator(channels=10)
-    params = convert.discriminator(g["weights"])
     x = np.asarray(g["inputs"]["x"], np.float64).transpose(0, 2, 3, 1)
-    made = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
-    assert jax.tree.map(lambda a: a.shape, made) == jax.tree.map(np.shape, params)
+    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), x)["params"], sep="/")
+    flat = rules.load(g["weights"].__getitem__, g["weights"], discriminator_table(), shapes)
+    back = rules.export(flat, discriminator_table())
+    assert set(back) == set(g["weights"]) and all(np.array_equal(back[k], v) for k, v in g["weights"].items())
+    params = unflatten_dict(flat, sep="/")
 
     @jax.jit
     def run(params, x):
@@ -38,7 +43,7 @@ def test_golden(x64):
         )
         return out, mids["intermediates"]["conv_0"]["__call__"][0], model.apply(params, x, train=True)
 
-    evaluated, first, trained = run({"params": convert.float64(params)}, x)
+    evaluated, first, trained = run({"params": tables.float64(params)}, x)
     golden.check(g, "first", nchw(first), TOL)
     golden.check(g, "eval", nchw(evaluated.logits), TOL)
     golden.check(g, "train", nchw(trained.logits), TOL)

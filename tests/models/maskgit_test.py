@@ -4,45 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.convert import tables
 from tests.golden import golden
+from vgen.convert.maskgit import MASKGIT
 from vgen.models.maskgit import IMAGENET_256, MaskGIT
-
-
-def convert(weights):
-    w = {k.removeprefix("params/"): np.asarray(v, np.float64) for k, v in weights.items()}
-    norm = lambda at: {"scale": w[at + "/scale"], "bias": w[at + "/bias"]}
-    dense = lambda at: {"kernel": w[at + "/kernel"], "bias": w[at + "/bias"]}
-
-    def layer(i):
-        at = f"TransformerLayer_{i}/"
-        attention = at + "Attention_0/self_attention/"
-        attn = {}
-        for short, long in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
-            kernel, bias = w[f"{attention}{long}/kernel"], w[f"{attention}{long}/bias"]
-            attn[short] = {"kernel": kernel.reshape(48, 48), "bias": bias.reshape(48)}
-        return {
-            "attn": attn,
-            "attn_norm": norm(at + "Attention_0/attention_output_ln"),
-            "mlp": {"fc1": dense(at + "Mlp_0/intermediate_output"), "fc2": dense(at + "Mlp_0/layer_output")},
-            "mlp_norm": norm(at + "Mlp_0/layer_output_ln"),
-        }
-
-    return {
-        "embed": {"embedding": w["Embed_0/word_embeddings/embedding"]},
-        "positions": {"table": w["Embed_0/position_embeddings/embedding"]},
-        "embed_norm": norm("Embed_0/embeddings_ln"),
-        "head": dense("MlmLayer_0/mlm_dense"),
-        "head_norm": norm("MlmLayer_0/mlm_ln"),
-        "head_bias": w["MlmLayer_0/mlm_bias/bias"],
-        "layers": jax.tree.map(lambda *a: np.stack(a), *(layer(i) for i in range(3))),
-    }
 
 
 def test_against_the_authors_network():
     gold = golden.load("maskgit_transformer")
-    net = MaskGIT(codebook=40, classes=5, length=21, depth=3, width=48, heads=6, mlp_dim=80)
+    net, params = tables.load(MASKGIT, gold["weights"], {"codebook": 40})
+    assert net == MaskGIT(codebook=40, classes=5, length=21, depth=3, width=48, heads=6, mlp_dim=80)
     with jax.enable_x64(True):
-        logits = jax.jit(net.apply)({"params": convert(gold["weights"])}, gold["inputs"]["input_ids"])
+        logits = jax.jit(net.apply)({"params": tables.float64(params)}, gold["inputs"]["input_ids"])
     assert logits.dtype == np.float64
     golden.check(gold, "logits", logits, dtype="float64", tol=1e-9)
 

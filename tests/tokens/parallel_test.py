@@ -9,7 +9,7 @@ import scipy.stats
 
 from vgen.sample import sample
 from vgen.tokens import parallel
-from vgen.tokens.parallel import grid, keep_top_k, maskgit_sampler, sample_tokens
+from vgen.tokens.parallel import annealed, grid, keep_top_k, maskgit_sampler, sample_tokens
 from vgen.types import Intervention, Prediction, Step
 
 MASK, VOCAB = 7, 7
@@ -178,3 +178,27 @@ def test_masks_left_at_the_edges():
     assert left(256, 256, np.cos(np.pi / 3)) == 128
     assert left(10, 3, 0.9) == 2  # always one fewer than before
     assert left(10, 5, 0.01) == 1 and left(10, 1, 0.5) == 1  # and at least one
+    third = grid(12).sigma_next[7]  # two thirds of the way, where float32 falls short of 1/2
+    for slack, count in ((1e-6, 128), (0.0, 127)):
+        assert parallel.masks_left(jnp.asarray([256]), jnp.asarray([256]), third, slack).item() == count
+
+
+@pytest.mark.parametrize("steps", [1, 2, 12])
+def test_annealed_goes_from_start_to_end(steps):
+    rows = grid(steps)
+    got = [annealed(2.0, 0.5, steps)(jax.tree.map(lambda a: a[i], rows)) for i in range(steps)]
+    np.testing.assert_allclose(got, np.linspace(2.0, 0.5, steps), rtol=1e-6)
+
+
+def test_a_function_of_the_step_is_the_factor_of_the_noise():
+    """MaskGIT's own temperature, written as a function, chooses the same tokens; another one does not."""
+    logits = jax.random.normal(jax.random.key(0), (2, 40, VOCAB))
+    step = jax.tree.map(lambda a: a[2], grid(6))
+    own = lambda step: 4.5 * (1 - step.t_next)
+
+    def masked(choice):
+        sampler, x = maskgit_sampler(MASK, choice_temperature=choice), jnp.full((2, 40), MASK)
+        return sampler.step(jax.random.key(1), x, Prediction(logits), step, sampler.init(x))[0] == MASK
+
+    np.testing.assert_array_equal(masked(own), masked(4.5))
+    assert not np.array_equal(masked(annealed(2.0, 0.0, 6)), masked(4.5))

@@ -15,6 +15,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int32
 
+from vgen.data import spiece
 from vgen.data.images import DataError
 
 Tokens = tuple[Int32[np.ndarray, "b length"], Bool[np.ndarray, "b length"]]
@@ -224,53 +225,45 @@ def _pad_token(folder: Path) -> str | None:
 class T5:
     """T5's sentencepiece: rows `ids... </s> pad...` with </s> = 1 and padding 0 (Raffel et al. 2020).
 
-    vocab_size counts the tokenizer's pieces (32000 in spiece.model, 32100 with the sentinels); the published embedding
-    tables have 32128 rows.
+    Ids equal transformers' T5Tokenizer, which recognises "</s>", "<extra_id_0>" and the like inside a text; see
+    `vgen.data.spiece.tokenizer` for where sentencepiece's own differ.
+    vocab_size counts pieces and sentinels (32100 in the published folders); their embedding tables have 32128 rows.
     """
 
     pad_id, end_id = 0, 1
 
-    def __init__(self, model):
-        self._model = model  # a sentencepiece.SentencePieceProcessor or a tokenizers.Tokenizer
-        self._is_piece = not isinstance(model, tokenizers.Tokenizer)
-        self.vocab_size = model.get_piece_size() if self._is_piece else model.get_vocab_size()
-        names = [model.id_to_piece(i) if self._is_piece else model.id_to_token(i) for i in (0, 1)]
+    def __init__(self, model: tokenizers.Tokenizer):
+        self._model = model
+        self.vocab_size = model.get_vocab_size()
+        names = [model.id_to_token(i) for i in (0, 1)]
         if names != ["<pad>", "</s>"]:
             raise DataError("T5 vocabulary", f"ids 0 and 1 are {names}", "<pad> and </s>", "check the folder")
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "T5":
-        """Read a checkpoint's tokenizer folder: spiece.model with the sentencepiece package, else tokenizer.json.
+        """Read a checkpoint's tokenizer folder: tokenizer.json, else spiece.model.
 
-        Raises FileNotFoundError naming what was looked for, ImportError if only sentencepiece could read the folder.
+        Beside a spiece.model, tokenizer_config.json may give another number of sentinels than 100 (`extra_ids`).
+        Raises FileNotFoundError naming what was looked for, DataError for a file that does not parse.
         """
         folder = Path(folder)
-        piece, whole = folder / "spiece.model", folder / "tokenizer.json"
-        if not piece.is_file() and not whole.is_file():
-            raise FileNotFoundError(f"T5.load: looked in {folder} for spiece.model or tokenizer.json")
-        if piece.is_file():
-            try:
-                import sentencepiece
-
-                return cls(sentencepiece.SentencePieceProcessor(model_file=str(piece)))
-            except ImportError:
-                if not whole.is_file():
-                    raise ImportError(
-                        f"T5.load: {piece} needs the sentencepiece package (pip install sentencepiece); "
-                        "a tokenizer.json beside it would do without"
-                    ) from None
-        model = tokenizers.Tokenizer.from_file(str(whole))
-        model.no_truncation()
-        model.no_padding()
+        piece, whole, config = (folder / n for n in ("spiece.model", "tokenizer.json", "tokenizer_config.json"))
+        if whole.is_file():
+            model = tokenizers.Tokenizer.from_file(str(whole))
+            model.no_truncation()
+            model.no_padding()
+        elif piece.is_file():
+            sentinels = json.loads(config.read_text("utf-8")).get("extra_ids", 100) if config.is_file() else 100
+            model = spiece.tokenizer(piece, sentinels)
+        else:
+            raise FileNotFoundError(f"T5.load: looked in {folder} for tokenizer.json or spiece.model")
         return cls(model)
 
     def encode(self, texts: Sequence[str], length: int) -> Tokens:
-        ids = self._model.encode(_valid(texts)) if self._is_piece else _ids(self._model, texts)
-        return _rows(ids, length, self.pad_id, self.end_id)
+        return _rows(_ids(self._model, texts), length, self.pad_id, self.end_id)
 
     def decode(self, ids) -> list[str]:
-        rows = _until(ids, self.end_id, frozenset((self.pad_id,)))
-        return [self._model.decode(row) for row in rows]
+        return [self._model.decode(row) for row in _until(ids, self.end_id, frozenset((self.pad_id,)))]
 
 
 def open_tokenizer(

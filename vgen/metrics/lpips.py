@@ -4,7 +4,6 @@ Sources: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features" (p
 Laparra et al. 2016, "Perceptual image quality assessment using a normalized Laplacian pyramid".
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from jaxtyping import Array, Float
 
+from vgen import trees
+from vgen.config import UserError
+from vgen.convert.rules import ConvertError, load, renamed
+from vgen.convert.sources import read_weights
 from vgen.models.vgg import VGG16, WIDTHS
 from vgen.types import Params
-from vgen.weights import read_weights
 
 SHIFT = np.float32((-0.030, -0.088, -0.188))  # float32 buffers in the package, so that float64 runs agree
 SCALE = np.float32((0.458, 0.448, 0.450))
-
-# Index of each convolution in torchvision's `features`, where ReLUs and pools count too.
-TORCH_INDEX = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
-CONV_NAMES = tuple(f"conv{b}_{i}" for b, widths in enumerate(WIDTHS, 1) for i in range(1, len(widths) + 1))
 
 
 # ---------------------------------------------------------------------------------------------------------- distances
@@ -36,25 +35,49 @@ def _unit(x, eps=1e-10):
     return jnp.where(some, x / (jnp.sqrt(jnp.where(some, square, 1)) + eps), 0)
 
 
+class _Heads(nn.Module):
+    """The weight of every channel of the five layers; parameters: lin0 ... lin4 [width]."""
+
+    @nn.compact
+    def __call__(self, differences: Sequence[Array]) -> Float[Array, "b 5"]:
+        layers = []
+        for i, difference in enumerate(differences):
+            width = WIDTHS[i][-1]
+            weight = self.param(f"lin{i}", nn.initializers.constant(1 / width), (width,))
+            layers.append((difference @ weight).mean((1, 2)))
+        return jnp.stack(layers, axis=-1)
+
+
+class LPIPS(nn.Module):
+    """LPIPS with VGG16, version 0.1; parameters: vgg (conv1_1 ... conv5_3), lin (lin0 ... lin4).
+
+    dtype: of the convolutions; what follows them is float32 or wider.
+    """
+
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w 3"], y: Float[Array, "b h w 3"]) -> Float[Array, "b 5"]:
+        """Images in [-1, 1], at least 16 x 16, to the layers' contributions to their distance, which is the sum.
+
+        Raises ValueError on smaller images.
+        """
+        if min(x.shape[1:3]) < 16:
+            raise ValueError(f"LPIPS: images {x.shape} must be at least 16 pixels on a side; resize them")
+        images = jnp.concatenate([x, y])  # one pass of the network
+        images = (images - jnp.asarray(SHIFT, images.dtype)) / jnp.asarray(SCALE, images.dtype)
+        differences = []
+        for m in VGG16(self.dtype, name="vgg")(images):
+            a, b = jnp.split(_unit(m.astype(jnp.promote_types(m.dtype, jnp.float32))), 2)
+            differences.append(jnp.square(a - b))
+        return _Heads(name="lin")(differences)
+
+
 def lpips_layers(
     params: Params, x: Float[Array, "b h w 3"], y: Float[Array, "b h w 3"], *, dtype: Any = None
 ) -> Float[Array, "b 5"]:
-    """The five layers' contributions to LPIPS.
-
-    params: from `load_lpips`. x, y: images in [-1, 1], at least 16 x 16. dtype: of the convolutions; what follows
-    them is float32 or wider. Raises ValueError on smaller images.
-    """
-    if min(x.shape[1:3]) < 16:
-        raise ValueError(f"LPIPS: images {x.shape} must be at least 16 pixels on a side; resize them")
-    images = jnp.concatenate([x, y])  # one pass of the network
-    images = (images - jnp.asarray(SHIFT, images.dtype)) / jnp.asarray(SCALE, images.dtype)
-    maps = VGG16(dtype).apply({"params": params["vgg"]}, images)
-    layers = []
-    for i, m in enumerate(maps):
-        m = _unit(m.astype(jnp.promote_types(m.dtype, jnp.float32)))
-        a, b = jnp.split(m, 2)
-        layers.append((jnp.square(a - b) @ params["lin"][f"lin{i}"]).mean((1, 2)))
-    return jnp.stack(layers, axis=-1)
+    """The five layers' contributions to LPIPS: `LPIPS` with params from `load_lpips`."""
+    return LPIPS(dtype).apply({"params": params}, x, y)
 
 
 def lpips(
@@ -69,8 +92,8 @@ def lpips(
 
 def init_lpips(key: Array) -> dict[str, Any]:
     """Random parameters of the right shapes: {"vgg": conv1_1 ... conv5_3, "lin": lin0 ... lin4 ([width])}."""
-    vgg = VGG16().init(key, jnp.zeros((1, 16, 16, 3)))["params"]
-    return {"vgg": vgg, "lin": {f"lin{i}": jnp.full(w[-1], 1 / w[-1]) for i, w in enumerate(WIDTHS)}}
+    image = jnp.zeros((1, 16, 16, 3))
+    return LPIPS().init(key, image, image)["params"]
 
 
 def load_lpips(paths: str | Path | Sequence[str | Path]) -> dict[str, Any]:
@@ -78,53 +101,29 @@ def load_lpips(paths: str | Path | Sequence[str | Path]) -> dict[str, Any]:
 
     paths: one file or several that complement each other: torchvision's VGG16 (`features.N.weight`; its `classifier`
       is not needed) and the package's `weights/v0.1/vgg.pth` (`linI.model.1.weight`), or a state dict of the whole
-      `lpips.LPIPS` (`net.sliceK.N.weight`). Formats: .safetensors, .npz, .pth or .pt (by PyTorch, tensors only).
-    Raises ValueError naming parameters that are missing, misshapen or given twice with different values,
-    FileNotFoundError for a path that is not there.
+      `lpips.LPIPS` (`net.sliceK.N.weight`). Formats: see `vgen.convert.sources.open_source`.
+    Raises UserError naming parameters that are missing, misshapen or given twice with different values, and for files
+    that are not there or damaged.
     """
+    from vgen.convert.lpips import torchvision_table  # its families need the network above
+
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    found: dict[str, np.ndarray] = {}
+    table, found = torchvision_table(), {}
     for path in paths:
-        for name, value in read_weights(path).items():
-            if (ours := _rename(name)) is None:
-                continue
-            if ours in found and not np.array_equal(found[ours], value):
-                raise ValueError(f"LPIPS weights: {ours} ({name} in {path}) was already read with other values")
-            found[ours] = np.asarray(value, np.float32)
-    target = jax.eval_shape(init_lpips, jax.random.key(0))
-    missing = []
-
-    def fill(key_path, shape):
-        name = "/".join(k.key for k in key_path)
-        if name not in found:
-            missing.append(name)
-            return shape
-        value = found[name]
-        if name.startswith("lin"):
-            value = value.reshape(-1)  # [1, c, 1, 1] -> [c]
-        elif value.ndim == 4:
-            value = value.transpose(2, 3, 1, 0)  # [out, in, h, w] -> [h, w, in, out]
-        if value.shape != shape.shape:
-            raise ValueError(f"LPIPS weights: {name} has shape {value.shape} after conversion, expected {shape.shape}")
-        return jnp.asarray(value)
-
-    params = jax.tree_util.tree_map_with_path(fill, target)
-    if missing:
-        raise ValueError(
-            f"LPIPS weights: {[str(p) for p in paths]} lack {', '.join(missing)}; give torchvision's VGG16 and the "
-            "package's weights/v0.1/vgg.pth together"
-        )
-    return params
-
-
-def _rename(name: str) -> str | None:
-    """Path in our tree of a parameter of torchvision's VGG16 or of the lpips package, None if we have no use for it."""
-    if match := re.fullmatch(r"(?:lin|lins\.)(\d)\.model\.1\.weight", name):
-        return f"lin/lin{match[1]}"
-    if match := re.fullmatch(r"(?:features|net\.slice\d)\.(\d+)\.(weight|bias)", name):
-        conv = CONV_NAMES[TORCH_INDEX.index(int(match[1]))]
-        return f"vgg/{conv}/{'kernel' if match[2] == 'weight' else 'bias'}"
-    return None
+        weights = read_weights(path)
+        for name, stored in renamed(weights, table).items():
+            if name in found and not np.array_equal(found[name], weights[stored]):
+                raise UserError(f"LPIPS weights: {stored} in {path} was already read with other values")
+            found[name] = np.asarray(weights[stored], np.float32)
+    shapes = trees.flatten(jax.eval_shape(init_lpips, jax.random.key(0)))
+    try:
+        flat = load(found.__getitem__, found, table, shapes)
+    except ConvertError as error:
+        raise ConvertError(
+            f"LPIPS weights: {[str(p) for p in paths]}: {error}\n"
+            "give torchvision's VGG16 and the package's weights/v0.1/vgg.pth together"
+        ) from None
+    return trees.unflatten({name: jnp.asarray(value) for name, value in flat.items()})
 
 
 # ------------------------------------------------------------------------------------------------- without any weights

@@ -21,7 +21,7 @@ from vgen.models.muse import BaseTransformer, SuperResTransformer
 from vgen.models.vqgan import VQGAN
 from vgen.sample import sample
 from vgen.tokens import parallel, schedules
-from vgen.types import Batch, Context, Edit, Loss, Params, Prediction
+from vgen.types import Batch, Context, Edit, Loss, Params, Prediction, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +93,13 @@ class MaskedTokens:
         }
         states, mask = self._read(params, text, mask)
         tokens = jnp.zeros((1, np.prod(self.transformer.grid)), jnp.int32)
-        low = ()
+        low = None
         if self.superres:
-            low = (jnp.zeros((1, np.prod(self.transformer.low_grid)), jnp.int32),)
+            low = jnp.zeros((1, np.prod(self.transformer.low_grid)), jnp.int32)
             if self.low_tokenizer is not None:
                 params["low_tokenizer"] = self.low_tokenizer.init(keys[2], image)["params"]
-        return params | {"transformer": self.transformer.init(keys[3], tokens, *low, states, mask)["params"]}
+        args = self._arguments(tokens, low, states, mask, None)
+        return params | {"transformer": self.transformer.init(keys[3], *args)["params"]}
 
     # ------------------------------------------------------------------------------------------------------- losses
 
@@ -165,8 +166,12 @@ class MaskedTokens:
         return out if isinstance(out, tuple) else (out, mask)
 
     def _predict(self, params, tokens, low, states, text_mask, keep, **kwargs):
-        args = (tokens, states, text_mask, keep) if low is None else (tokens, low, states, text_mask, keep)
+        args = self._arguments(tokens, low, states, text_mask, keep)
         return self.transformer.apply({"params": params["transformer"]}, *args, **kwargs)
+
+    def _arguments(self, tokens, low, states, text_mask, keep) -> tuple:
+        """What the transformer is called with."""
+        return (tokens, states, text_mask, keep) if low is None else (tokens, low, states, text_mask, keep)
 
     # ----------------------------------------------------------------------------------------------------- sampling
 
@@ -186,8 +191,8 @@ class MaskedTokens:
         """
         b = conds["text"].shape[0]
         low = conds["tokens"] if self.superres else None
-        denoise = self._denoiser(params, conds, low, guidance.rising(guidance_scale))
-        sampler = parallel.maskgit_sampler(self.mask_id, choice_temperature=choice_temperature, temperature=temperature)
+        denoise = self._denoiser(params, conds, low, self._weights(guidance_scale))
+        sampler = self._sampler(steps, temperature, choice_temperature)
         n = int(np.prod(self.transformer.grid))
         edit = Edit(
             start=jnp.full((b, n), self.mask_id, jnp.int32), times=parallel.grid(steps, self.max_steps, self.schedule)
@@ -201,6 +206,12 @@ class MaskedTokens:
             pixels = inpaint_tokens.blend(original, pixels, mask, max(self.size / 16 - 1, 0.0))
         return {"tokens": tokens, "image_out": image_ops.to_uint8(pixels)}
 
+    def _weights(self, scale) -> guidance.Weights:
+        return guidance.rising(scale)
+
+    def _sampler(self, steps, temperature, choice_temperature) -> Sampler:
+        return parallel.maskgit_sampler(self.mask_id, choice_temperature=choice_temperature, temperature=temperature)
+
     def decode(self, params: Params, tokens):
         """Images [b, size, size, 3] in [-1, 1] of tokens [b, n]."""
         tokens = tokens.reshape(tokens.shape[0], *self.transformer.grid)
@@ -210,7 +221,7 @@ class MaskedTokens:
     def _denoiser(self, params, conds, low, weights):
         """Guided logits: the text and its absence (or a negative text), in one batched call."""
         states, mask = self._read(params, conds["text"], conds["text_mask"])
-        b = states.shape[0]
+        b = conds["text"].shape[0]
         cond = {"states": states, "mask": mask, "keep": jnp.ones(b, bool)}
         if "negative" in conds:
             states, mask = self._read(params, conds["negative"], conds["negative_mask"])

@@ -1,5 +1,6 @@
 """Parallel decoding: sample all masked tokens, mask the least certain again, repeat (MaskGIT, Chang et al. 2022)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -57,8 +58,16 @@ def sample_tokens(
     return jnp.argmax(logits + temperature * noise, axis=-1).astype(jnp.int32)
 
 
+def annealed(start: Any, end: Any, num_steps: Any) -> Callable[[Step], Array]:
+    """A choice temperature that goes linearly from `start` in the first of `num_steps` steps to `end` in the last.
+
+    aMUSEd's is (2, 0).  Numbers, or traced.
+    """
+    return lambda step: start + (end - start) * step.i / jnp.maximum(num_steps - 1, 1)
+
+
 def maskgit_sampler(
-    mask_id: int, *, choice_temperature: Any = 4.5, temperature: Any = 1.0, top_k: Any = None
+    mask_id: int, *, choice_temperature: Any = 4.5, temperature: Any = 1.0, top_k: Any = None, slack: float = 1e-6
 ) -> Sampler:
     """Parallel decoding of tokens [b, n] int32, in which `mask_id` stands for those to be found.
 
@@ -67,7 +76,8 @@ def maskgit_sampler(
     at least one, and at least one fewer than before.  The last step (t_next = 1) leaves none.  Tokens that are not
     masked never change, so inpainting is decoding from a partly known start.
     choice_temperature, temperature, top_k: numbers, or traced; temperature 0 takes the likeliest token.  p is that of
-    the logits themselves, whatever temperature and top_k.
+    the logits themselves, whatever temperature and top_k.  choice_temperature may also be a function of the Step, which
+    gives the factor of the noise itself: see `annealed`.  slack: see `masks_left`.
     MaskGIT's released code is the same up to ties, of which it masks none.
     """
 
@@ -82,9 +92,10 @@ def maskgit_sampler(
         chosen = jnp.where(masked, tokens, 0)[..., None]
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen, axis=-1)[..., 0]  # [b, n]
         noise = jax.random.gumbel(noise_key, x.shape, log_p.dtype)
-        confidence = jnp.where(masked, log_p + choice_temperature * (1 - step.t_next) * noise, jnp.inf)
+        factor = choice_temperature(step) if callable(choice_temperature) else choice_temperature * (1 - step.t_next)
+        confidence = jnp.where(masked, log_p + factor * noise, jnp.inf)
         rank = confidence.argsort(axis=1).argsort(axis=1)
-        count = masks_left(state.unknown, masked.sum(axis=1), step.sigma_next)
+        count = masks_left(state.unknown, masked.sum(axis=1), step.sigma_next, slack)
         again = masked & (rank < count[:, None]) & (step.t_next < 1)
         return jnp.where(again, mask_id, tokens), state
 
@@ -94,9 +105,12 @@ def maskgit_sampler(
     return Sampler(init, step, renoise)
 
 
-def masks_left(unknown: Int[Array, "b"], masked: Int[Array, "b"], fraction: Float[Array, ""]) -> Int[Array, "b"]:
-    """floor(fraction * unknown), at most masked - 1 and at least 1.
+def masks_left(
+    unknown: Int[Array, "b"], masked: Int[Array, "b"], fraction: Float[Array, ""], slack: float = 1e-6
+) -> Int[Array, "b"]:
+    """floor((fraction + slack) * unknown), at most masked - 1 and at least 1.
 
-    A millionth is added to the fraction: in float32 cos(pi / 3) falls short of 1/2, and with it the floor by a token.
+    In float32 cos(pi / 3) falls short of 1/2, and with it the floor by a token; slack corrects that.  0 is the count of
+    the published code, which at two thirds of the way leaves 127 of 256 tokens masked and not 128.
     """
-    return jnp.maximum(jnp.minimum(jnp.floor(unknown * (fraction + 1e-6)).astype(jnp.int32), masked - 1), 1)
+    return jnp.maximum(jnp.minimum(jnp.floor(unknown * (fraction + slack)).astype(jnp.int32), masked - 1), 1)

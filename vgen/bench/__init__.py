@@ -1,0 +1,1 @@
+"""Suites that measure and print tables: python -m vgen.bench SUITE."""
