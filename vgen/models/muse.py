@@ -35,7 +35,7 @@ class _Tokens(nn.Module):
     """Token ids 0..vocab (the last is the mask) -> embeddings with learned 2-D positions, normalised.
 
     The norm is MaskGIT's (and BERT's); the paper is silent. Without it the first branches, of order one, drown the
-    small embeddings: mini then needs some 300 steps more before it begins to relate a token to its neighbours.
+    small embeddings: in a trial at mini, loss 1.38 against 0.98 after 1300 steps.
     """
 
     vocab: int
