@@ -60,7 +60,7 @@ def test_golden_in_float32():
         (autoencoder.KL_F8, 83_653_863),
         (autoencoder.KL_F4, 55_312_063),
         (dict(autoencoder.KL_F4, latent_channels=4), 55_325_927),
-        (autoencoder.SD3, 83_819_683),  # as diffusers counts this configuration
+        (autoencoder.SD3, 83_819_683),  # computed here from the published configuration
     ],
 )
 def test_published_sizes(sizes, count):
