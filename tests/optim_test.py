@@ -33,7 +33,7 @@ def test_schedules(kind, want):
 def test_unknown_names_list_what_there_is():
     with pytest.raises(ValueError, match="'step': expected constant, cosine, linear or rsqrt"):
         schedule(RATE, 10, "step")
-    with pytest.raises(UserError, match="main: optimizer name 'adam': expected adamw, adafactor or sgd"):
+    with pytest.raises(UserError, match="main: optimizer name 'adam': expected adamw, muon, adafactor or sgd"):
         call(optimizer, dict(lr=RATE, steps=10, name="adam"), "main")
 
 
@@ -75,6 +75,23 @@ def test_adafactor_keeps_rows_and_columns_only():
     params = {"kernel": jnp.zeros((128, 256))}
     shapes = {leaf.shape: leaf.dtype.name for leaf in jax.tree.leaves(tx.init(params)) if leaf.ndim}
     assert shapes[(128,)] == shapes[(256,)] == "float32" and shapes[(128, 256)] == "bfloat16"
+
+
+def test_muon_orthogonalises_matrices_and_no_others():
+    rng = np.random.default_rng(0)
+    shapes = {"a/kernel": (6, 4), "layers/kernel": (3, 4, 6), "conv/kernel": (3, 3, 2, 4), "logits/kernel": (6, 4)}
+    shapes["b"] = (4,)
+    grads = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+    got = updates(grads, name="muon")
+    for path, count, inputs, outputs in (("a/kernel", 1, 6, 4), ("layers/kernel", 3, 4, 6), ("conv/kernel", 1, 18, 4)):
+        for update, grad in zip(got[path].reshape(count, inputs, outputs), grads[path].reshape(count, inputs, outputs)):
+            values = np.linalg.svd(update, compute_uv=False) / (RATE * 0.2 * max(inputs, outputs) ** 0.5)
+            assert (values > 0.6).all() and (values < 1.3).all(), path  # five Newton-Schulz steps come so near to one
+            u, _, v = np.linalg.svd(grad, full_matrices=False)
+            assert np.sum(update * (u @ v)) < -0.9 * np.linalg.norm(update) * np.linalg.norm(u @ v)
+    for path in ("logits/kernel", "b"):  # Adam's first step, with Nesterov momentum, goes by signs
+        np.testing.assert_array_equal(np.sign(got[path]), -np.sign(grads[path]))
+        assert np.ptp(np.abs(got[path])) < 1e-5
 
 
 def test_weight_decay_reaches_kernels_alone():

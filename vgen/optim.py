@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 
 def schedule(lr: float, steps: int, kind: str = "cosine", warmup: int = 0, end: float = 0.0) -> optax.Schedule:
@@ -45,10 +46,14 @@ def optimizer(
     start: int = 0,
     moment_dtype: str = "float32",
     lr_scale: Sequence[tuple[str, float]] = (),
+    matrices: str = r"(?!.*(logits|embed)).*kernel",
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """An optax transformation over flat parameter dicts, and its schedule (for the log).
 
-    name: "adamw" (decoupled decay; plain Adam when weight_decay is 0), "adafactor", "sgd" (momentum b1).
+    name: "adamw" (decoupled decay; plain Adam when weight_decay is 0), "muon" (of `matrices`, Adam with Nesterov
+      momentum of the rest), "adafactor", "sgd" (momentum b1).
+    matrices: regex of the parameters that "muon" orthogonalises: dense kernels [in, out], those of stacked layers
+      [depth, in, out] one by one, convolutions as [h w in, out].
     decay: regex of the parameters that decay.  clip: global-norm clipping, 0 = off.
     start: updates are zero before this step (a discriminator that joins late).  moment_dtype: of the first moment.
     lr_scale: (regex, factor) pairs; the first full match scales a parameter's learning rate.
@@ -63,10 +68,12 @@ def optimizer(
         parts.append(optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=128))
         parts.append(optax.clip_by_block_rms(1.0))
         parts.append(optax.ema(b1, debias=False, accumulator_dtype=jnp.dtype(moment_dtype)))
+    elif name == "muon":
+        parts.append(_muon(b1, b2, eps, matrices, moment_dtype))
     elif name == "sgd":
         parts.append(optax.trace(b1, accumulator_dtype=jnp.dtype(moment_dtype)))
     else:
-        raise ValueError(f"optimizer name {name!r}: expected adamw, adafactor or sgd")
+        raise ValueError(f"optimizer name {name!r}: expected adamw, muon, adafactor or sgd")
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay, mask))
     parts.append(optax.scale_by_learning_rate(rate))
@@ -82,3 +89,21 @@ def _scale_by_path(lr_scale) -> optax.GradientTransformation:
         return next((scale for pattern, scale in lr_scale if re.fullmatch(pattern, path)), 1.0)
 
     return optax.stateless(lambda updates, _: {path: factor(path) * update for path, update in updates.items()})
+
+
+def _muon(b1, b2, eps, matrices, moment_dtype) -> optax.GradientTransformation:
+    """Orthogonalised momentum (Jordan et al. 2024), scaled to the size of Adam's updates (Liu et al. 2025, eq. 4)."""
+
+    def dimensions(params):
+        found = {}
+        for path, leaf in params.items():  # partition() also calls this with the other optimiser's leaves masked
+            plain = isinstance(leaf, optax.MaskedNode) or leaf.ndim < 2 or not re.fullmatch(matrices, path)
+            inputs = None if plain else leaf.ndim - 2 if leaf.ndim < 4 else tuple(range(leaf.ndim - 1))
+            found[path] = None if plain else optax.contrib.MuonDimensionNumbers(inputs, leaf.ndim - 1)
+        return found
+
+    muon = optax.contrib.muon(
+        1.0, adam_b1=b1, adam_b2=b2, eps=eps, mu_dtype=jnp.dtype(moment_dtype), consistent_rms=0.2,
+        muon_weight_dimension_numbers=dimensions,
+    )  # fmt: skip
+    return optax.chain(muon, optax.scale(-1.0))  # a direction, as the other optimisers give it; the rate follows

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
+from vgen.layers import attention_kernels as kernels
 from vgen.layers.attention import MultiHeadAttention, Site, attention, multi_axis
 from vgen.types import AttentionControl, Step
 
@@ -181,3 +183,147 @@ def test_values_and_core_of_the_layer(x64):
     dense = params["params"]["v"]
     np.testing.assert_allclose(v2.reshape(1, 5, 8), values @ dense["kernel"] + dense["bias"], atol=1e-15)
     assert np.abs(mixed - plain).max() > 1e-3
+
+
+def masked_case(case, n, m, seed=1):
+    """(keyword arguments of attention, visible, bias) of the cases that chunks and kernels are tested with."""
+    rng, kwargs = np.random.default_rng(seed), {}
+    visible, bias = np.ones((2, 4, n, m), bool), np.zeros((1, 1, 1, 1))
+    if case in ("keys", "everything"):
+        kwargs["mask"] = jnp.asarray(rng.random((2, 1, 1, m)) > 0.3)
+    if case == "queries":
+        kwargs["mask"] = jnp.asarray(rng.random((2, 4, n, m)) > 0.3).at[1, :, 2].set(False)
+    if case == "nothing seen":
+        kwargs["mask"] = jnp.ones((2, 1, 1, m), bool).at[1].set(False)
+    if "mask" in kwargs:
+        visible = visible & np.asarray(kwargs["mask"])
+    if case in ("causal", "everything"):
+        kwargs["causal"] = True
+        visible = visible & np.tril(np.ones((n, m), bool))
+    if case in ("bias", "everything"):
+        shape = (1, 4, n, m) if case == "bias" else (2, 4, 1, m)
+        bias = rng.standard_normal(shape)
+        kwargs["bias"] = jnp.asarray(bias, jnp.float32)
+    return kwargs, visible, bias
+
+
+CASES = ["plain", "keys", "queries", "nothing seen", "causal", "bias", "everything"]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype, tol", [(np.float64, 1e-14), (np.float32, 2e-6), (jnp.bfloat16, 2e-2)])
+def test_chunks_match_the_formula(x64, case, dtype, tol):
+    q, k, v = qkv(n=5, m=7, dtype=dtype)
+    kwargs, visible, bias = masked_case(case, 5, 7)
+    bias = bias.astype(np.float32).astype(np.float64)
+    for tile in (16, 1000):  # three chunks, the last one filled up; one chunk
+        out = jax.jit(lambda *a: kernels.chunked(*a, scale=0.4, tile=tile, **kwargs))(q, k, v)
+        assert out.dtype == dtype
+        np.testing.assert_allclose(np.asarray(out, np.float64), formula(q, k, v, visible, bias, 0.4), atol=tol)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_chunks(x64, case):
+    q, k, v = qkv(n=5, m=7)
+    kwargs, _, _ = masked_case(case, 5, 7)
+    causal = kwargs.pop("causal", False)
+    weights = jnp.asarray(np.random.default_rng(2).standard_normal(q.shape))
+
+    def total(how, *arrays):
+        names = ("q", "k", "v", "bias")[: len(arrays)]
+        given = dict(mask=None, **dict(zip(names, arrays))) | {k: v for k, v in kwargs.items() if k == "mask"}
+        return (how(**given, scale=0.4, causal=causal) * weights).sum()
+
+    arrays = (q, k, v) + ((kwargs["bias"].astype(float),) if "bias" in kwargs else ())
+    chunks = lambda **kw: kernels.chunked(tile=16, **kw)
+    got, want = (
+        jax.jit(jax.grad(lambda *a: total(how, *a), range(len(arrays))))(*arrays) for how in (chunks, attention)
+    )
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-14)
+        assert np.abs(b).max() > 1e-3
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(causal=True), dict(mask=True)])
+def test_4096_tokens_never_have_a_full_matrix(kwargs):
+    """Forward and backward, from what the compiler says of the program's memory."""
+    n, heads = 4096, 4
+    arrays = [jax.ShapeDtypeStruct((1, n, heads, 8), jnp.float32)] * 3
+    if "mask" in kwargs:
+        kwargs = dict(mask=jnp.arange(n)[None, None, None] < 4000)
+    loss = lambda *a: (attention(*a, **kwargs) ** 2).sum()
+    full = heads * n * n * 4
+    for f in (loss, jax.grad(loss, (0, 1, 2))):
+        assert jax.jit(f).lower(*arrays).compile().memory_analysis().temp_size_in_bytes < full / 4
+
+
+def test_large_attention_is_chunked_only_without_a_control(monkeypatch):
+    q, k, v = qkv(dtype=np.float32)
+    plain = attention(q, k, v)
+    monkeypatch.setattr(kernels, "LARGE", 35)
+    seen = []
+    monkeypatch.setattr(kernels, "chunked", lambda *a, **kw: (seen.append(a), plain)[1])
+    attention(q, k, v)
+    assert len(seen) == 1
+    attention(q[:, :4], k, v)
+    attention(q, k, v, control=AttentionControl(probs=lambda probs, site, step: probs))
+    assert len(seen) == 1
+
+
+def on_a_tpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(kernels, "LARGE", 16)
+
+
+@pytest.mark.parametrize("case", ["keys", "nothing seen", "causal"])
+def test_flash_kernel_matches_the_formula(monkeypatch, case):
+    """JAX's Pallas kernel for TPUs, interpreted; lengths that are no multiples of its blocks."""
+    from jax.experimental.pallas import tpu
+
+    n, m, d = 70, 90, 40
+    q, k, v = qkv(n=n, m=m, d=d, dtype=np.float32)
+    kwargs, visible, _ = masked_case(case, n, m)
+    weights = jnp.asarray(np.random.default_rng(2).standard_normal(q.shape), jnp.float32)
+
+    def both(q, k, v):  # (the slopes of a weighted sum, the result)
+        total = lambda *a: (lambda out: ((out * weights).sum(), out))(attention(*a, **kwargs))
+        return jax.grad(total, (0, 1, 2), has_aux=True)(q, k, v)
+
+    want, _ = both(q, k, v)
+    on_a_tpu(monkeypatch)
+    with tpu.force_tpu_interpret_mode():
+        assert kernels.has_flash(q, k, v, kwargs.get("mask"), None)
+        slopes, out = both(q, k, v)
+    np.testing.assert_allclose(out, formula(q, k, v, visible), atol=2e-6)
+    for a, b in zip(slopes, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_flash_kernel_compiles_for_a_tpu(monkeypatch, dtype):
+    """As far as a machine without one can tell: the program is lowered, kernel included, forward and backward."""
+    on_a_tpu(monkeypatch)
+    arrays = [jax.ShapeDtypeStruct((2, n, 4, 72), dtype) for n in (1024, 600, 600)]
+    mask = jnp.ones((2, 1, 1, 600), bool)
+    loss = lambda *a: attention(*a, mask=mask).astype(jnp.float32).sum()
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 3  # forward, keys and values, queries
+    for other in (dict(bias=jnp.zeros((1, 4, 1024, 600))), dict(mask=jnp.ones((2, 1, 1024, 600), bool))):
+        lowered = jax.jit(lambda *a: attention(*a, **other)).trace(*arrays).lower(lowering_platforms=("tpu",))
+        assert "tpu_custom_call" not in lowered.as_text()
+
+
+def test_kernels_split_over_a_mesh(monkeypatch):
+    """Each device runs the kernel on its own samples and heads; XLA cannot split it."""
+    mesh = AbstractMesh((2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    arrays = [jax.ShapeDtypeStruct((4, 512, 4, 64), jnp.float32)] * 3
+    mask = jnp.ones((4, 1, 1, 512), bool)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    for backend in (None, on_a_tpu):
+        if backend is not None:
+            backend(monkeypatch)
+            assert not kernels.has_flash(*(jnp.zeros(a.shape) for a in arrays), mask, None)
+        with jax.sharding.use_abstract_mesh(mesh):
+            jaxpr = str(jax.make_jaxpr(lambda *a: attention(*a, mask=mask))(*arrays))
+        assert "shard_map" in jaxpr and "f32[2,512,2,64]" in jaxpr
+        assert ("pallas_call" in jaxpr) == (backend is not None)

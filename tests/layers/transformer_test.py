@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.golden import golden
-from vgen.layers.embed import Positions, Positions2D, relative_buckets, sincos_2d
+from vgen.layers.embed import Positions, Positions2D, RelativeBias2D, relative_buckets, sincos_2d
 from vgen.layers.transformer import MLP, Block, activation, modulate, norm_layer, stack
 from vgen.types import AttentionControl
 
@@ -256,6 +256,34 @@ def test_positions_2d_tell_rows_from_columns():
     module = Positions2D((2, 3))
     params = {"params": {"row": jnp.asarray([[0.0], [10.0]]), "column": jnp.asarray([[0.0], [1.0], [2.0]])}}
     np.testing.assert_array_equal(module.apply(params, jnp.zeros((1, 6, 1)))[0, :, 0], [0, 1, 2, 10, 11, 12])
+
+
+def test_relative_bias_starts_as_a_convolution():
+    rows, columns, heads = 3, 4, 5
+    module = RelativeBias2D(heads, (rows, columns))
+    params = module.init(jax.random.key(0))["params"]
+    bias = np.asarray(module.apply({"params": params}))[0].reshape(heads, rows, columns, rows, columns)
+    places = [np.unravel_index(bias[h, 1, 1].argmax(), (rows, columns)) for h in range(heads)]
+    assert set(places[:4]) == {(0, 1), (2, 1), (1, 0), (1, 2)}
+    assert abs(places[4][0] - 1) == abs(places[4][1] - 1) == 1 and (bias.max(), bias.min()) == (0, -9)
+    # of offsets alone: one number for equal ones, a free one for each
+    random = jax.random.normal(jax.random.key(1), params["table"].shape)
+    bias = np.asarray(module.apply({"params": {"table": random}}))[0].reshape(heads, rows, columns, rows, columns)
+    np.testing.assert_array_equal(bias[:, 0, 0, 1, 2], bias[:, 1, 1, 2, 3])
+    assert len(np.unique(bias)) == random.size
+
+
+def test_relative_bias_of_a_block_is_its_bias(x64):
+    x = jax.random.normal(jax.random.key(0), (2, 6, 8), jnp.float64)
+    block = Block(2, 16, relative=(2, 3), param_dtype=jnp.float64)
+    params = dict(block.init(jax.random.key(1), x)["params"])
+    table = {"table": jax.random.normal(jax.random.key(2), (2, 3, 5), jnp.float64)}
+    plain = {name: value for name, value in params.items() if name != "attn_bias"}
+    bias = RelativeBias2D(2, (2, 3)).apply({"params": table})
+    want = Block(2, 16).apply({"params": plain}, x, bias=bias)
+    np.testing.assert_allclose(block.apply({"params": plain | {"attn_bias": table}}, x), want, rtol=1e-12)
+    both = block.apply({"params": plain | {"attn_bias": table}}, x, bias=bias)
+    np.testing.assert_allclose(both, Block(2, 16).apply({"params": plain}, x, bias=2 * bias), rtol=1e-12)
 
 
 @pytest.mark.parametrize("endpoint, last", [(False, 10_000 ** (-7 / 8)), (True, 1e-4)])

@@ -241,6 +241,24 @@ def test_patches_are_channels():
     np.testing.assert_allclose(recon, depth_to_space(deep, 2), atol=1e-6)
 
 
+def test_local_latents_see_their_patch_alone():
+    layout = Layout(local=True, mid_attention=False)
+    model = tiny(patch=4, multipliers=(1,), layout=layout)
+    x = jax.random.uniform(jax.random.key(1), (2, 8, 12, 3), minval=-1)
+    params = init(model, x)
+    encode = jax.jit(lambda x: model.apply(params, x, method="encode"))
+    z = encode(x)
+    assert z.shape[:3] == (2, 2, 3)
+    moved = np.abs(encode(x.at[0, 4:, 4:8].add(0.1)) - z).max(-1)
+    assert moved[0, 1, 1] > 1e-4 and (np.delete(moved.ravel(), 4) == 0).all()
+    # the same patch anywhere has the same latent
+    np.testing.assert_allclose(encode(jnp.roll(x, 4, axis=2)), jnp.roll(z, 1, axis=2), atol=1e-6)
+    kernels = [leaf.shape[:2] for leaf in jax.tree.leaves(params["params"]["encoder"]) if leaf.ndim == 4]
+    assert set(kernels) == {(1, 1)}
+    with pytest.raises(ValueError, match=r"local layout has one level, got multipliers \(1, 2\)"):
+        init(tiny(patch=2, multipliers=(1, 2), layout=layout), x)
+
+
 def test_bfloat16_compute_keeps_float32_codes():
     sizes = dict(multipliers=(1,), code_dim=4, normalize=True)
     model = tiny(dtype=jnp.bfloat16, **sizes)

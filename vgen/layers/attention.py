@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from vgen.layers import attention_kernels as kernels
 from vgen.layers.linear import linear
 from vgen.types import AttentionControl, Step
 
@@ -45,7 +46,8 @@ def attention(
       qkv ((q, k, v)), logits ([b, h, n, m], scaled and biased, ahead of the mask), probs ([b, h, n, m], rows sum to one
       or to zero).  `site` and `step` are handed to it.
     Logits and softmax are float32, or float64 for float64 inputs; the result has the dtype of v.
-    A half-precision call without bias runs cuDNN's fused kernel on NVIDIA GPUs that have one.
+    A half-precision call without bias runs cuDNN's fused kernel on NVIDIA GPUs that have one; a large one runs in
+    chunks on a CPU, and by a Pallas kernel on a TPU if neither bias nor mask differs between queries.
     Raises ValueError where mask or bias is not of four dimensions.
     """
     for name, array in (("mask", mask), ("bias", bias)):
@@ -53,6 +55,11 @@ def attention(
             raise ValueError(f"attention: {name} must broadcast to [b, h, n, m] with 4 dimensions, got {array.shape}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     control = control if control is not None and any(control) else None
+    if control is None and kernels.wants_chunks(q, k):
+        return kernels.chunked(q, k, v, mask, bias, scale=scale, causal=causal)
+    if control is None and kernels.has_flash(q, k, v, mask, bias):
+        out = kernels.flash(q, k, v, mask, scale=scale, causal=causal)
+        return out if mask is None else jnp.where(_seen(mask, causal, q.shape[1], k.shape[1]), out, 0)
     if control is None and q.dtype != jnp.float64:  # jax.nn rounds float64 logits to float32: plain formula there
         kernel = "cudnn" if _has_fused_kernel(q, k, v, mask, bias) else "xla"
         if kernel == "cudnn" and mask is not None:
@@ -60,8 +67,7 @@ def attention(
         out = jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, is_causal=causal, implementation=kernel)
         if mask is None:
             return out
-        seen = _visible(mask, causal, q.shape[1], k.shape[1]).any(-1)  # [b, h, n]
-        return jnp.where(jnp.swapaxes(seen, 1, 2)[..., None], out, 0)
+        return jnp.where(_seen(mask, causal, q.shape[1], k.shape[1]), out, 0)
     return _plain(q, k, v, mask, bias, scale, causal, control or AttentionControl(), site, step)
 
 
@@ -90,6 +96,11 @@ def _visible(mask, causal, n, m):
         return mask
     triangle = jnp.tril(jnp.ones((1, 1, n, m), bool))
     return triangle if mask is None else mask & triangle
+
+
+def _seen(mask, causal, n, m):
+    """Which queries may look at any key, [b, n, h, 1]."""
+    return jnp.swapaxes(_visible(mask, causal, n, m).any(-1), 1, 2)[..., None]
 
 
 def _has_fused_kernel(q, k, v, mask, bias):
@@ -138,7 +149,7 @@ class MultiHeadAttention(nn.Module):
     """Project, attend, project back; self-attention, or cross-attention where a context is given.
 
     heads, head_dim: number of heads and the size of each (width / heads by default).  out_dim: width of the result
-      (that of x by default).
+      (that of x by default).  out_init: initialiser of that projection (kernel_init by default).
     qkv_bias, out_bias: whether the projections carry biases.  scale: of the logits; 1 / sqrt(head_dim) by default.
     qk_norm: None, "layer" or "rms": norm of each head's queries and keys (ViT-22B, Dehghani et al. 2023).
     axes: (rows, columns, block) for `multi_axis` self-attention.
@@ -157,6 +168,7 @@ class MultiHeadAttention(nn.Module):
     param_dtype: Any = jnp.float32
     kernel_init: Any = nn.initializers.xavier_uniform()
     out_dim: int | None = None
+    out_init: Any = None
 
     @nn.compact
     def __call__(
@@ -211,6 +223,7 @@ class MultiHeadAttention(nn.Module):
         for name, (source, source_mask, strength) in contexts.items():
             out = out + jnp.asarray(strength, out.dtype) * attend(q, source, source_mask, "_" + name)
         out = out.reshape(*out.shape[:2], self.heads * head_dim)
+        dense["kernel_init"] = self.out_init or self.kernel_init
         return linear(self.out_dim or width, use_bias=self.out_bias, name="out", **dense)(out)
 
     def _head_norm(self, name):

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vgen.layers.attention import attention
+from vgen.layers.attention import Site, attention
+from vgen.layers.linear import linear
+from vgen.layers.transformer import modulate
 
 
 def group_norm(
@@ -118,8 +120,14 @@ class ResBlock(nn.Module):
     channels: output channels. bias: whether the convolutions have one.
     shortcut: where the 1x1 projection reads when the channel count changes. "input": the block's input (DDPM, taming).
       "branch": the output of the second convolution, so that the input is dropped (MaskGIT).
+    injection: how the embedding of the call enters. "add": a projection of it is added behind the first convolution
+      (DDPM); "scale_shift": it scales and shifts what the second norm gives (ADM's AdaGN, Dhariwal & Nichol 2021).
+    resample: "down" or "up": a 2x2 mean, or nearest neighbours, ahead of the first convolution and on the shortcut
+      (BigGAN's blocks, as ADM has them). dropout: ahead of the second convolution.
+    zero: the second convolution starts at zero, so that the block starts as its shortcut. kernel: size of both.
 
-    Parameters: norm1, conv1, norm2, conv2 and, when the channel count changes, shortcut.
+    Parameters: norm1, conv1, norm2, conv2 and, when the channel count changes, shortcut; time where there is an
+    embedding. Raises ValueError for an unknown shortcut, injection or resample.
     """
 
     channels: int
@@ -128,16 +136,33 @@ class ResBlock(nn.Module):
     groups: int = 32
     eps: float = 1e-6
     dtype: Any = None
+    injection: str = "add"
+    resample: str | None = None
+    dropout: float = 0.0
+    zero: bool = False
+    kernel: int = 3
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w _"]) -> Float[Array, "b h w c"]:
-        def conv(name, size):
-            return nn.Conv(self.channels, (size, size), use_bias=self.bias, dtype=self.dtype, name=name)
+    def __call__(
+        self, x: Float[Array, "b h w _"], emb: Float[Array, "b d"] | None = None, train: bool = False
+    ) -> Float[Array, "b h2 w2 c"]:
+        """emb: an embedding of time and conditions, ahead of its activation. train: dropout (rng "dropout") is on."""
+        if self.injection not in ("add", "scale_shift"):
+            raise ValueError(f"ResBlock injection: got {self.injection!r}, accepted: 'add', 'scale_shift'")
+
+        def conv(name, size, **kwargs):
+            return nn.Conv(self.channels, (size, size), use_bias=self.bias, dtype=self.dtype, name=name, **kwargs)
 
         h = nn.swish(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
-        h = conv("conv1", 3)(h)
-        h = nn.swish(GroupNorm(self.groups, self.eps, self.dtype, name="norm2")(h))
-        h = conv("conv2", 3)(h)
+        h, x = _resampled(h, self.resample), _resampled(x, self.resample)
+        h = conv("conv1", self.kernel)(h)
+        if emb is not None and self.injection == "add":
+            h = h + linear(self.channels, dtype=self.dtype, name="time")(nn.swish(emb))[:, None, None]
+        h = GroupNorm(self.groups, self.eps, self.dtype, name="norm2")(h)
+        if emb is not None and self.injection == "scale_shift":
+            h = modulate(h, emb, dtype=self.dtype, name="time")
+        h = nn.Dropout(self.dropout, deterministic=not train)(nn.swish(h))
+        h = conv("conv2", self.kernel, **(dict(kernel_init=nn.initializers.zeros) if self.zero else {}))(h)
         if x.shape[-1] == self.channels:
             return x + h
         if self.shortcut == "input":
@@ -149,10 +174,27 @@ class ResBlock(nn.Module):
         raise ValueError(f"ResBlock shortcut: got {self.shortcut!r}, accepted: 'input', 'branch'")
 
 
+def _resampled(x, way):
+    """x at half or twice its resolution, or as it is."""
+    if way is None:
+        return x
+    if way == "down":
+        return _mean_2x2(x)
+    if way == "up":
+        return nearest_upsample(x)
+    raise ValueError(f"ResBlock resample: got {way!r}, accepted: None, 'down', 'up'")
+
+
+def _mean_2x2(x):
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
 class Downsample(nn.Module):
     """Halves height and width.
 
-    kind: "pad" pads one row and column at the bottom and right, then a 3x3 convolution of stride 2 (taming);
+    kind: "pad" pads one row and column at the bottom and right, then a 3x3 convolution of stride 2 (taming, DDPM);
+      "same" is a 3x3 convolution of stride 2 with padding 1 (ADM, Stable Diffusion's U-Net);
       "average" is a 2x2 mean with no parameters (MaskGIT, Muse); "stride" a 4x4 convolution of stride 2, padding 1
       (MaskGIT's `conv_downsample`).
 
@@ -168,12 +210,13 @@ class Downsample(nn.Module):
         if self.kind == "pad":
             # QUIRK: asymmetric padding (CompVis/taming-transformers, modules/diffusionmodules/model.py).
             return nn.Conv(c, (3, 3), 2, padding=((0, 1), (0, 1)), dtype=self.dtype, name="conv")(x)
+        if self.kind == "same":
+            return nn.Conv(c, (3, 3), 2, padding=1, dtype=self.dtype, name="conv")(x)
         if self.kind == "average":
-            b, h, w, _ = x.shape
-            return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+            return _mean_2x2(x)
         if self.kind == "stride":
             return nn.Conv(c, (4, 4), 2, padding=1, dtype=self.dtype, name="conv")(x)
-        raise ValueError(f"Downsample kind: got {self.kind!r}, accepted: 'pad', 'average', 'stride'")
+        raise ValueError(f"Downsample kind: got {self.kind!r}, accepted: 'pad', 'average', 'stride', 'same'")
 
 
 def nearest_upsample(x: Float[Array, "b h w c"], factor: int = 2) -> Float[Array, "b h2 w2 c"]:
@@ -210,7 +253,8 @@ class Upsample(nn.Module):
 class SpatialAttention(nn.Module):
     """Residual self-attention over the positions of a feature map, after GroupNorm (taming's AttnBlock).
 
-    heads: 1 in the published tokenizers. Parameters: norm, q, k, v, out (dense [c, c] with bias).
+    heads: 1 in the published tokenizers. zero: the last projection starts at zero.
+    Parameters: norm, q, k, v, out (dense [c, c] with bias).
     Raises ValueError if the channels do not divide into the heads.
     """
 
@@ -218,16 +262,19 @@ class SpatialAttention(nn.Module):
     groups: int = 32
     eps: float = 1e-6
     dtype: Any = None
+    zero: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Float[Array, "b h w c"], control=None, step=None) -> Float[Array, "b h w c"]:
+        """control, step: see `vgen.layers.attention`."""
         b, height, width, c = x.shape
         if c % self.heads:
             raise ValueError(f"SpatialAttention {self.name!r}: {c} channels do not divide into {self.heads} heads")
         h = GroupNorm(self.groups, self.eps, self.dtype, name="norm")(x).reshape(b, height * width, c)
         q, k, v = (
-            nn.Dense(c, dtype=self.dtype, name=name)(h).reshape(b, height * width, self.heads, c // self.heads)
+            linear(c, dtype=self.dtype, name=name)(h).reshape(b, height * width, self.heads, c // self.heads)
             for name in ("q", "k", "v")
         )  # [b, n, heads, head_dim]
-        h = attention(q, k, v).reshape(b, height, width, c)
-        return x + nn.Dense(c, dtype=self.dtype, name="out")(h)
+        h = attention(q, k, v, control=control, site=Site("self", "/".join(self.path)), step=step)
+        init = dict(kernel_init=nn.initializers.zeros) if self.zero else {}
+        return x + linear(c, dtype=self.dtype, name="out", **init)(h.reshape(b, height, width, c))

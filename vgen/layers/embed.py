@@ -54,20 +54,29 @@ class Positions2D(nn.Module):
 
 
 def sincos_2d(
-    rows: int, columns: int, width: int, *, temperature: float = 10_000.0, endpoint: bool = False
+    rows: int,
+    columns: int,
+    width: int,
+    *,
+    temperature: float = 10_000.0,
+    endpoint: bool = False,
+    base: int | None = None,
+    interpolation: float = 1.0,
 ) -> np.ndarray:
     """Fixed positions [rows * columns, width], float64, row-major: sin x, cos x, sin y, cos y, a quarter each.
 
     Frequencies are temperature^(-i / q), i < q = width / 4 (MAE, He et al. 2022; DiT); with `endpoint`
     temperature^(-i / (q - 1)), which ends on 1 / temperature itself (big_vision's ViT).
+    base: a grid of any size has positions 0 .. base along both sides (None: 0, 1, 2, ...), which are then divided by
+    `interpolation` (PixArt, Chen et al. 2023); that is done in float32.
     Raises ValueError where width is not a multiple of 4.
     """
     if width % 4:
         raise ValueError(f"sincos_2d: width must be a multiple of 4, got {width}")
     quarter = width // 4
     omega = float(temperature) ** -(np.arange(quarter) / (quarter - endpoint))
-    y, x = np.divmod(np.arange(rows * columns), columns)
-    angles = [np.outer(place, omega) for place in (x, y)]
+    y, x = (np.arange(side, dtype=np.float32) / (side / (base or side)) / interpolation for side in (rows, columns))
+    angles = [np.outer(place, omega) for place in (np.tile(x, rows), np.repeat(y, columns))]
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
 
 
@@ -179,17 +188,23 @@ class GridPositions(nn.Module):
 
 
 def sinusoids(
-    values: Float[Array, "*b"], width: int, *, temperature: float = 10_000.0, sin_first: bool = False
+    values: Float[Array, "*b"],
+    width: int,
+    *,
+    temperature: float = 10_000.0,
+    sin_first: bool = False,
+    endpoint: bool = False,
 ) -> Float[Array, "*b width"]:
     """Embeddings [..., width] of numbers: cos and sin of x temperature^(-i / h), i < h = width / 2, a half each.
 
     The result has the values' precision, float32 at least.  sin_first: the order of the halves (Vaswani et al. 2017;
-    the other one is that of OpenAI's diffusion code).  Raises ValueError where width is odd.
+    the other one is that of OpenAI's diffusion code).  endpoint: i / (h - 1) in the exponent, which ends on
+    1 / temperature itself (DDPM, Ho et al. 2020).  Raises ValueError where width is odd.
     """
     if width % 2:
         raise ValueError(f"sinusoids: width must be even, got {width}")
     dtype = jnp.promote_types(values.dtype, jnp.float32)
-    omega = float(temperature) ** -(np.arange(width // 2) / (width // 2))
+    omega = float(temperature) ** -(np.arange(width // 2) / (width // 2 - endpoint))
     angles = values.astype(dtype)[..., None] * jnp.asarray(omega, dtype)
     halves = (jnp.sin(angles), jnp.cos(angles)) if sin_first else (jnp.cos(angles), jnp.sin(angles))
     return jnp.concatenate(halves, axis=-1)
@@ -216,6 +231,37 @@ def relative_buckets(
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(np.log(max_distance / exact))
     far = np.minimum(exact + (ratio * (buckets - exact)).astype(np.int32), buckets - 1)
     return (offset + np.where(distance < exact, distance, far)).astype(np.int32)
+
+
+class RelativeBias2D(nn.Module):
+    """A learned bias [1, heads, n, n] for the logits of attention on a grid, one number per head and offset.
+
+    grid: (rows, columns), n = rows * columns, row-major.  It starts as a convolution: head i looks at the i-th nearest
+    neighbour, its bias falling with the squared distance from there, at most by 9 (the initialisation of ConViT,
+    d'Ascoli et al. 2021, sections 3.1 and 4; a table by offset as in Swin, Liu et al. 2021).
+    Parameters: table [heads, 2 rows - 1, 2 columns - 1].
+    """
+
+    heads: int
+    grid: tuple[int, int]
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "1 heads n n"]:
+        rows, columns = self.grid
+        shape = (self.heads, 2 * rows - 1, 2 * columns - 1)
+        table = self.param("table", lambda key, shape, dtype: self._convolution(shape, dtype), shape, self.param_dtype)
+        y, x = np.divmod(np.arange(rows * columns), columns)
+        return table[:, y[None] - y[:, None] + rows - 1, x[None] - x[:, None] + columns - 1][None]
+
+    def _convolution(self, shape, dtype):
+        heads, height, width = shape
+        y, x = np.indices((height, width))
+        y, x = y - height // 2, x - width // 2  # of the key, seen from the query
+        order = np.lexsort((x.ravel(), y.ravel(), (y**2 + x**2).ravel()))[1:]  # by distance, the place itself left out
+        near = order[np.arange(heads) % max(order.size, 1)] if order.size else np.zeros(heads, int)
+        distance = (y - y.ravel()[near, None, None]) ** 2 + (x - x.ravel()[near, None, None]) ** 2
+        return jnp.asarray(-np.minimum(distance, 9), dtype)
 
 
 class RelativeBias(nn.Module):

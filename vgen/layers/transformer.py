@@ -1,6 +1,6 @@
 """Transformer blocks, and `stack`, which runs many of them as one scan over stacked parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +10,7 @@ import numpy as np
 
 from vgen import sharding
 from vgen.layers.attention import MultiHeadAttention
+from vgen.layers.embed import RelativeBias2D
 from vgen.layers.linear import linear
 
 
@@ -31,16 +32,18 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
 
 
 def norm_layer(kind: str, eps: float, name: str | None = None, **kwargs) -> nn.Module:
-    """A norm over the last axis: "layer", "layer_nobias" (scale alone) or "rms"; statistics are at least float32.
+    """A norm over the last axis: "layer", "layer_nobias" (scale alone), "layer_plain" (no parameters) or "rms".
+
+    Statistics are at least float32.
 
     Raises ValueError for another kind.
     """
     kwargs = dict(kwargs, epsilon=eps, name=name, use_fast_variance=False)  # E[x^2] - E[x]^2 cancels
     if kind == "rms":
         return nn.RMSNorm(**kwargs)
-    if kind in ("layer", "layer_nobias"):
-        return nn.LayerNorm(use_bias=kind == "layer", **kwargs)
-    raise ValueError(f"norm_layer: kind must be 'layer', 'layer_nobias' or 'rms', got {kind!r}")
+    if kind in ("layer", "layer_nobias", "layer_plain"):
+        return nn.LayerNorm(use_bias=kind == "layer", use_scale=kind != "layer_plain", **kwargs)
+    raise ValueError(f"norm_layer: kind must be 'layer', 'layer_nobias', 'layer_plain' or 'rms', got {kind!r}")
 
 
 def modulate(x: jax.Array, cond: jax.Array, **kwargs) -> jax.Array:
@@ -57,6 +60,7 @@ class MLP(nn.Module):
     """fc2(act(fc1 x)), or gated: fc2(act(gate x) * fc1 x) (GLU variants, Shazeer 2020; SwiGLU: act "silu").
 
     dim: hidden width.  mid_norm: kind of a norm ahead of fc2 (NormFormer, Shleifer et al. 2021), or None.
+    out_dim: width of the result, that of x by default.
     """
 
     dim: int
@@ -69,12 +73,13 @@ class MLP(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Any = nn.initializers.xavier_uniform()
+    out_dim: int | None = None
 
     @nn.compact
     def __call__(self, x, train: bool = False):
         kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         dense = dict(use_bias=self.bias, kernel_init=self.kernel_init, **kwargs)
-        act, width = activation(self.act), x.shape[-1]
+        act, width = activation(self.act), self.out_dim or x.shape[-1]
         hidden = linear(self.dim, name="fc1", **dense)(x)  # [b, n, dim]
         hidden = act(linear(self.dim, name="gate", **dense)(x)) * hidden if self.gated else act(hidden)
         if self.mid_norm is not None:
@@ -94,8 +99,12 @@ class Block(nn.Module):
     drop_path: probability that a training sample skips a branch (stochastic depth, Huang et al. 2016), the others are
     divided by what is left; a tuple holds one for every layer of a stack, see `drop_path_rates`.
     mlp_norm: kind of the MLP's norm, `norm` by default.
+    only_cross: the self-attention looks at the context instead, as the cross-attention does.
+    relative: (rows, columns) of a grid of tokens, whose offsets bias the self-attention (each layer has a
+    `RelativeBias2D` of its own), or None.
     Parameters: attn, attn_norm, cross, cross_norm, mlp, mlp_norm; attn_post, cross_post, mlp.mid_norm where sandwiched;
-    attn_scale, cross_scale, mlp_scale [width] with layer_scale; attn_mod, cross_mod, mlp_mod where a cond is given.
+    attn_scale, cross_scale, mlp_scale [width] with layer_scale; attn_mod, cross_mod, mlp_mod where a cond is given;
+    attn_bias with relative.
     """
 
     heads: int
@@ -119,6 +128,8 @@ class Block(nn.Module):
     layer_scale: float | None = None
     drop_path: float | tuple[float, ...] = 0.0
     mlp_norm: str | None = None
+    only_cross: bool = False
+    relative: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(
@@ -132,6 +143,7 @@ class Block(nn.Module):
         context=None,
         context_mask=None,
         keep_context=None,
+        contexts: Mapping[str, tuple] = {},
         layer=0,
         control=None,
         step=None,
@@ -144,6 +156,7 @@ class Block(nn.Module):
         self-attention.  context: [b, m, any].  keep_context: bool [b]; a sample that does not keep its context attends
         to its own tokens there, through the same keys and values, so that kept and dropped samples share one call
         (Muse, Chang et al. 2023, section 2.7); context and x then have one width.
+        contexts: named contexts of the cross-attention, see `MultiHeadAttention`.
         layer, control, step: for AttentionControl.  train: whether dropout (rng "dropout") is on.
         Raises ValueError for an unknown order, a cond in another one than "pre", or a context that `cross` does not
         announce.
@@ -180,10 +193,14 @@ class Block(nn.Module):
             y = self._branch(nn.Dropout(self.dropout, deterministic=not train)(y), name, layer, train)
             return norm(x + y) if self.order == "post" else x + y
 
+        if self.relative is not None:
+            near = RelativeBias2D(self.heads, self.relative, self.param_dtype, name="attn_bias")()
+            bias = near if bias is None else bias + near
         attn = MultiHeadAttention(axes=self.axes, name="attn", **heads)
-        x = residual(x, lambda h: attn(h, mask=mask, bias=bias, causal=causal, **probe), "attn")
+        own = dict(context=context, mask=context_mask) if self.only_cross else dict(mask=mask)
+        x = residual(x, lambda h: attn(h, **own, bias=bias, causal=causal, **probe), "attn")
         if self.cross:
-            look = MultiHeadAttention(name="cross", **heads)
+            look, probe = MultiHeadAttention(name="cross", **heads), dict(probe, contexts=contexts)
             x = residual(x, lambda h: look(h, *_or_self(h, context, context_mask, keep_context), **probe), "cross")
         mlp = MLP(
             self.mlp_dim,
@@ -230,6 +247,18 @@ def _or_self(h, context, mask, keep):
 _REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
+def rematted(body: Callable, remat: str, **kwargs) -> Callable:
+    """flax's remat of body(module, ...) by a name: "none", "dots" (all but products of weights are recomputed), "full".
+
+    kwargs: of `nn.remat`.  Raises ValueError for another name.
+    """
+    if remat == "none":
+        return body
+    if remat not in _REMAT:
+        raise ValueError(f"remat must be 'none', {', '.join(map(repr, _REMAT))}, got {remat!r}")
+    return nn.remat(body, policy=_REMAT[remat], **kwargs)
+
+
 def stack(
     block: nn.Module, x, *, depth: int, remat: str = "none", unroll: int = 1, constrain=None, collect=False, **kwargs
 ):
@@ -243,18 +272,14 @@ def stack(
     [depth, b, n, width]).  kwargs go to every layer, which also receives layer=its traced index.
     Raises ValueError for an unknown remat.
     """
-    if remat != "none" and remat not in _REMAT:
-        raise ValueError(f"stack: remat must be 'none', {', '.join(map(repr, _REMAT))}, got {remat!r}")
 
     def body(block, x, layer):
         x = block(x, layer=layer, **kwargs)
         x = (constrain or sharding.constrain)(x)
         return x, (x if collect else None)
 
-    if remat != "none":
-        body = nn.remat(body, policy=_REMAT[remat], prevent_cse=False)
     scan = nn.scan(
-        body,
+        rematted(body, remat, prevent_cse=False),
         {"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
         length=depth,

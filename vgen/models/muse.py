@@ -70,6 +70,8 @@ class BaseTransformer(Stacked):
     """Masked tokens and text -> logits of every token (section 2.3).
 
     vocab: codebook size; the mask's id is `vocab`.  grid: (rows, columns) of tokens.
+    relative: learned biases by offset in the self-attention (`RelativeBias2D`), not in the paper: small models look at
+    neighbours from the first step on then, and not after a thousand.
     Other fields: see `vgen.layers.transformer.Stacked`.
     Parameters: image {embed, positions, norm}, text (projection to the width), layers [depth, ...], head {norm, fc,
     logits}.
@@ -84,6 +86,7 @@ class BaseTransformer(Stacked):
     act: str = "gelu_tanh"
     bias: bool = False
     dropout: float = 0.0
+    relative: bool = False
 
     @nn.compact
     def __call__(
@@ -112,6 +115,7 @@ class BaseTransformer(Stacked):
             bias=self.bias,
             dropout=self.dropout,
             dtype=self.dtype,
+            relative=tuple(self.grid) if self.relative else None,
             name="layers",
         )
         x = self.run_stack(
@@ -136,6 +140,7 @@ class SuperResTransformer(Stacked):
     vocab, grid: of the high resolution; low_vocab, low_grid: of the low one; mask ids as in BaseTransformer.
     block: side of the blocks of multi-axis self-attention (`vgen.layers.attention.multi_axis`, heads split between
     local and dilated; the paper says "multi-axis" and no more), or None for full self-attention, for small grids.
+    relative: as in BaseTransformer; full self-attention alone.
     Parameters: low {embed, positions}, low_layers [low_depth, ...], low_norm, image, text, layers [depth, ...], head.
     """
 
@@ -152,6 +157,7 @@ class SuperResTransformer(Stacked):
     act: str = "gelu_tanh"
     bias: bool = False
     dropout: float = 0.0
+    relative: bool = False
 
     @nn.compact
     def __call__(
@@ -174,7 +180,8 @@ class SuperResTransformer(Stacked):
         args = dict(act=self.act, bias=self.bias, dropout=self.dropout, dtype=self.dtype)
         run = dict(train=train, control=control, step=step)
         low = _Tokens(self.low_vocab, self.low_grid, self.width, self.dtype, name="low")(low)
-        low_block = Block(self.heads, self.mlp_dim, name="low_layers", **args)
+        low_grid, grid = (tuple(grid) if self.relative else None for grid in (self.low_grid, self.grid))
+        low_block = Block(self.heads, self.mlp_dim, relative=low_grid, name="low_layers", **args)
         low = self.run_stack(low_block, low, depth=self.low_depth, **run)
         low = norm_layer("layer", 1e-6, "low_norm", dtype=self.dtype)(low)
 
@@ -186,7 +193,7 @@ class SuperResTransformer(Stacked):
 
         x = _Tokens(self.vocab, self.grid, self.width, self.dtype, name="image")(tokens)
         axes = None if self.block is None else (*self.grid, self.block)
-        block = Block(self.heads, self.mlp_dim, cross=True, axes=axes, name="layers", **args)
+        block = Block(self.heads, self.mlp_dim, cross=True, axes=axes, relative=grid, name="layers", **args)
         x = self.run_stack(block, x, depth=self.depth, context=context, context_mask=mask, **run)
         return _Head(self.vocab, self.dtype, name="head")(x)
 

@@ -33,6 +33,10 @@ class Layout:
     `vgen.layers.conv`. out_kernel: size of the encoder's last convolution. mid_blocks: residual blocks at the lowest
     resolution (None: as many as per level). mid_attention: attention after the first of them.
     decoder_extra: residual blocks per decoder level beyond the encoder's.
+    local: every latent is made from its own patch of the image alone: the encoder works on each patch by itself, with
+      1x1 convolutions and norms over a patch's channels. Codes then say what is in a patch and nothing of what is
+      around it, and so serve in pictures unlike those of training. Takes one level, whose factor is `patch`; the
+      decoder sees all latents.
     """
 
     bias: bool = True
@@ -43,6 +47,7 @@ class Layout:
     mid_blocks: int | None = 2
     mid_attention: bool = True
     decoder_extra: int = 1
+    local: bool = False
 
 
 TAMING = Layout()
@@ -93,6 +98,7 @@ class Level(nn.Module):
     groups: int
     remat: bool
     dtype: Any
+    kernel: int = 3
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w _"]) -> Float[Array, "b h w c"]:
@@ -104,6 +110,7 @@ class Level(nn.Module):
                 self.layout.shortcut,
                 self.groups,
                 dtype=self.dtype,
+                kernel=self.kernel,
                 name=f"block_{i}",
             )(x)
             if self.attention[i]:
@@ -127,6 +134,8 @@ class _Half(nn.Module):
     remat: bool = False
     dtype: Any = None
 
+    kernel = 3  # of the residual blocks
+
     @property
     def factor(self) -> int:
         return self.patch * 2 ** (len(self.multipliers) - 1)
@@ -135,14 +144,16 @@ class _Half(nn.Module):
         attention = (i in self.attention_levels,) * self.blocks
         channels = self.channels * self.multipliers[i]
         layout = resolve_layout(self.layout)
-        return Level(channels, self.blocks, attention, layout, self.groups, self.remat, self.dtype, name=name)
+        sizes = (channels, self.blocks, attention, layout, self.groups, self.remat, self.dtype, self.kernel)
+        return Level(*sizes, name=name)
 
     def mid(self) -> Level:
         layout = resolve_layout(self.layout)
         blocks = self.blocks if layout.mid_blocks is None else layout.mid_blocks
         attention = tuple(layout.mid_attention and i == 0 for i in range(blocks))
         channels = self.channels * self.multipliers[-1]
-        return Level(channels, blocks, attention, layout, self.groups, self.remat, self.dtype, name="mid")
+        sizes = (channels, blocks, attention, layout, self.groups, self.remat, self.dtype, self.kernel)
+        return Level(*sizes, name="mid")
 
     def conv(self, channels: int, size: int, name: str, bias: bool = True) -> nn.Conv:
         return nn.Conv(channels, (size, size), use_bias=bias, dtype=self.dtype, name=name)
@@ -152,8 +163,13 @@ class Encoder(_Half):
     """Images [b, h, w, 3] in [-1, 1] to latents [b, h / f, w / f, latent_channels], f = 2^(levels - 1).
 
     Parameters: conv_in, down_i (block_j, attn_j), downsample_i, mid (block_j, attn_0), norm_out, conv_out;
-    i counts from the image's resolution down. Raises ValueError if h or w is no multiple of f.
+    i counts from the image's resolution down. Raises ValueError if h or w is no multiple of f, or if a local layout
+    has more than one level.
     """
+
+    @property
+    def kernel(self) -> int:
+        return 1 if resolve_layout(self.layout).local else 3
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
@@ -167,14 +183,23 @@ class Encoder(_Half):
         if (low, high) != (-1.0, 1.0):
             # QUIRK: MaskGIT's tokenizer takes images in [0, 1] (its release reads uint8 / 255); vgen's are in [-1, 1].
             images = (images + 1) * ((high - low) / 2) + low
-        x = self.conv(self.channels, 3, "conv_in", layout.stem_bias)(space_to_depth(images, self.patch))
+        x = space_to_depth(images, self.patch)
+        grid = x.shape[:3]
+        if layout.local:
+            if len(self.multipliers) > 1:
+                raise ValueError(
+                    f"Encoder: a local layout has one level, got multipliers {self.multipliers}; set patch instead"
+                )
+            x = x.reshape(-1, 1, 1, x.shape[-1])  # [b * h / f * w / f, 1, 1, c]: every patch a picture of its own
+        x = self.conv(self.channels, self.kernel, "conv_in", layout.stem_bias)(x)
         for i in range(len(self.multipliers)):
             x = self.level(i, f"down_{i}")(x)
             if i + 1 < len(self.multipliers):
                 x = Downsample(layout.downsample, self.dtype, name=f"downsample_{i}")(x)
         x = self.mid()(x)
         x = nn.swish(GroupNorm(self.groups, dtype=self.dtype, name="norm_out")(x))
-        return self.conv(self.latent_channels, layout.out_kernel, "conv_out")(x)
+        x = self.conv(self.latent_channels, self.kernel if layout.local else layout.out_kernel, "conv_out")(x)
+        return x.reshape(*grid, -1) if layout.local else x
 
 
 class Decoder(_Half):
