@@ -1,5 +1,6 @@
 """What the tests of conversion tables share: import, export and comparison of one layout on random weights."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def quick():
         yield
 
 
-def draw(module, *args):
+def draw(module, *args, **kwargs):
     """Parameters drawn by numpy in the shapes of init: compiling the initialisers would take longer than the tests."""
     rng = np.random.default_rng(0)
 
@@ -29,7 +30,7 @@ def draw(module, *args):
         x = rng.standard_normal(leaf.shape) * scale
         return np.asarray(np.abs(x) + 1 if path[-1].key in ("scale", "var") else x, leaf.dtype)
 
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs)["params"]
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
@@ -43,7 +44,9 @@ def shapes_of(family, module):
 def load(family, state, config=None):
     """(module, params) of a checkpoint {name: array}, by the family's own sizes and table."""
     module = family.build(config or {}, {k: v.shape for k, v in state.items()})
-    flat = rules.load(state.__getitem__, state, family.table(module), shapes_of(family, module))
+    table, shapes = family.table(module), shapes_of(family, module)
+    rules.prepare(state, table, shapes)  # what `vgen.load` does first, of which it is not told the values
+    flat = rules.load(state.__getitem__, state, table, shapes)
     return module, unflatten_dict(flat, sep="/")
 
 
@@ -66,6 +69,12 @@ def check_round_trip(family, state, config=None, lost=()):
         assert array.dtype == state[name].dtype
         np.testing.assert_array_equal(array, state[name], err_msg=name)
     return module, params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def applied(module, params, given):
+    """A network's outputs; compiled once for equal modules."""
+    return module.apply({"params": params}, **given)
 
 
 def float64(tree):

@@ -14,6 +14,8 @@ BY_CLASS: Mapping[str, str] = {
     "T5Model": "vgen.convert.t5:T5",
     "T5WithLMHeadModel": "vgen.convert.t5:T5",  # as the files of version 1.0 call it
     "UVit2DModel": "vgen.convert.amused:UVIT",
+    "UNet2DModel": "vgen.convert.unet_diffusers:PLAIN",
+    "UNet2DConditionModel": "vgen.convert.unet_diffusers:TEXT",
     "AutoencoderKL": "vgen.convert.autoencoder:DIFFUSERS_KL",
     "VQModel": "vgen.convert.vqgan:DIFFUSERS_VQ",
     "MaskGitVQGAN": "vgen.convert.vqgan:OPENMUSE_MASKGIT_VQ",
@@ -36,12 +38,20 @@ BY_CLASS: Mapping[str, str] = {
     "Blip2Model": "vgen.convert.blip:BLIP2",
     "Blip2ForConditionalGeneration": "vgen.convert.blip:BLIP2",
     "BlipForConditionalGeneration": "vgen.convert.blip:HF",
+    "DiTTransformer2DModel": "vgen.convert.dit:DIFFUSERS",
+    "PixArtTransformer2DModel": "vgen.convert.pixart:DIFFUSERS",
+    "Transformer2DModel": "vgen.convert.pixart:TRANSFORMER_2D",  # as the published folders of both call it
 }
 # Regular expression that one of the names in the file matches entirely -> family; the first that does wins.
 BY_NAME: tuple[tuple[str, str], ...] = (
+    (r"temb\.dense\.0\.weight", "vgen.convert.unet_ddpm:DDPM"),
+    (r"out\.2\.positional_embedding", "vgen.convert.unet_openai:ADM_CLASSIFIER"),
+    (r"middle_block\.1\.qkv\.weight", "vgen.convert.unet_openai:ADM"),
+    (r"middle_block\.1\.transformer_blocks\.0\.attn1\.to_q\.weight", "vgen.convert.unet_openai:LDM"),
     (r"encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight", "vgen.convert.t5:T5"),
     (r"first_stage_model\.quantize\.embedding\.weight", "vgen.convert.vqgan:LDM_VQ"),
     (r"first_stage_model\.encoder\.down\.0\.block\.0\.conv1\.weight", "vgen.convert.autoencoder:FIRST_STAGE_KL"),
+    (r"model\.diffusion_model\.middle_block\.1\..*", "vgen.convert.unet_openai:LDM_DENOISER"),
     (r"decoder\.up\.1\.upsample_conv\.weight", "vgen.convert.vqgan:OPENMUSE_MASKGIT_VQ"),
     (r"quantize\.embedding\.weight", "vgen.convert.vqgan:TAMING_VQ"),
     (r"encoder\.down\.0\.block\.0\.conv1\.weight", "vgen.convert.autoencoder:LDM_KL"),
@@ -57,6 +67,8 @@ BY_NAME: tuple[tuple[str, str], ...] = (
     (r"((opt/target|params)/)?Transformer/posembed_input/pos_embedding", "vgen.convert.vit:AUGREG"),
     (r"((opt/target|params)/)?Transformer/encoder_norm/scale", "vgen.convert.vit:BIG_VISION"),
     (r"blocks\.(\d+\.)?0\.ls1\.gamma", "vgen.convert.dinov2:AUTHORS"),
+    (r"y_embedder\.embedding_table\.weight", "vgen.convert.dit:AUTHORS"),
+    (r"y_embedder\.y_proj\.fc1\.weight", "vgen.convert.pixart:AUTHORS"),
     (r"blocks\.0\.attn\.qkv\.weight", "vgen.convert.mae:AUTHORS"),
     (r"(.+\.)?visual\.(class_embedding|attnpool\.positional_embedding)", "vgen.convert.clip:OPENAI"),
     (r"image_encoder\.blocks\.0\.attn\.rel_pos_h", "vgen.convert.sam:AUTHORS"),
@@ -89,12 +101,24 @@ def find(source: Source) -> str:
         )
     for pattern, family in BY_NAME:
         if any(re.fullmatch(pattern, name) for name in source.tensors):
-            return family
+            return _checked(family, source)
     known = ", ".join(sorted({family for _, family in BY_NAME}))
     raise UserError(
         f"{source.path}: no config.json names a class, and no array has a name that tells the family "
         f"(there are e.g. {', '.join(list(source.tensors)[:3])}); choose one by hand, such as {known}"
     )
+
+
+def _checked(family: str, source: Source) -> str:
+    """A family that names alone tell; UserError where they do not tell enough."""
+    if family == "vgen.convert.clip:OPENAI" and (
+        reason := resolve("vgen.convert.clip:untold")(source.path.name, source.shapes)
+    ):
+        raise UserError(
+            f"{source.path} {reason}, and the arrays do not tell its activation: choose the family by hand, "
+            "vgen.convert.clip:OPEN_CLIP (GELU) or vgen.convert.clip:OPENAI (quick GELU)"
+        )
+    return family
 
 
 def get(name: str) -> Family:
