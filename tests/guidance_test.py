@@ -5,7 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vgen.guidance import cfg, instruct_pix2pix, mix, rising
+from vgen.diffusion import grids, predictions, samplers, schedules
+from vgen.guidance import (
+    cfg,
+    classifier,
+    clip,
+    dynamic_threshold,
+    instruct_pix2pix,
+    interval,
+    mix,
+    rising,
+    steer,
+)
+from vgen.sample import sample
 from vgen.tokens.parallel import grid
 from vgen.types import Prediction
 
@@ -79,3 +91,67 @@ def test_bad_arguments():
         mix(apply, [CONDS[0], {"text": CONDS[1]["text"]}], cfg(1.0))
     with pytest.raises(ValueError, match=r"shape \(3,\), one per condition, got \(2,\)"):
         mix(apply, CONDS, cfg(1.0))(X, at(0))
+
+
+TABLE = schedules.discrete(schedules.betas("scaled_linear"))
+ROW = schedules.at(TABLE, 500.0)
+IMAGE = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 3)), jnp.float32)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v"])
+def test_rescale_is_that_of_diffusers(kind):
+    import torch
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    kind_ = predictions.kind_of(kind)
+    raws = np.random.default_rng(1).standard_normal((2, *IMAGE.shape)).astype(np.float32)
+    conds = [jnp.asarray(raw) for raw in raws]
+    apply = lambda x, step, cond: Prediction(kind_.to_x0(cond, x, step))
+    mixed = raws[1] + 7.5 * (raws[0] - raws[1])
+    nchw = lambda a: torch.from_numpy(np.moveaxis(a, -1, 1).copy())
+    for phi in (0.0, 0.7, 1.0):
+        want = rescale_noise_cfg(nchw(mixed), nchw(raws[0]), phi).numpy()
+        got = mix(apply, conds, cfg(7.5), jnp.float32(phi), kind)(IMAGE, ROW).x0
+        want = kind_.to_x0(np.moveaxis(want, 1, -1), IMAGE, ROW)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_interval():
+    weights = interval(cfg(3.0), 0.5, 2.0)
+    for ratio, want in {0.1: [1, 0], 0.5: [1, 0], 1.0: [3, -2], 2.0: [3, -2], 2.1: [1, 0]}.items():
+        np.testing.assert_allclose(weights(ROW._replace(alpha=jnp.ones(()), sigma=jnp.float32(ratio))), want)
+
+
+def test_classifier_guidance_draws_from_the_product():
+    """A Gaussian prior times a Gaussian likelihood has a known mean; both forms of guidance reach it."""
+    noised = lambda step: step.alpha**2 + step.sigma**2  # data N(0, 1)
+    denoise = lambda x, step: Prediction(step.alpha * x / noised(step))
+    towards, width = 2.0, 1.0
+
+    def log_prob(x, step):  # of y = x0 + width n given the noised x
+        mean, variance = step.alpha * x / noised(step), step.sigma**2 / noised(step) + width**2
+        return (-((towards - mean) ** 2) / (2 * variance)).sum(axis=1)
+
+    guide = classifier(log_prob, 1.0)
+    x = jax.random.normal(jax.random.key(0), (4000, 1))
+    grid = grids.grid(schedules.discrete(schedules.betas()), 250)
+    shifted = sample(denoise, samplers.ancestral(guide=guide), grid, jax.random.key(1), x)
+    steered = sample(steer(denoise, guide), samplers.ddim(), grid, jax.random.key(1), x)
+    for got in (shifted, steered):
+        assert abs(float(got.mean()) - 1.0) < 0.05 and abs(float(got.var()) - 0.5) < 0.05
+    plain = sample(denoise, samplers.ddim(), grid, jax.random.key(1), x)
+    assert abs(float(plain.mean())) < 0.05
+
+
+@pytest.mark.parametrize("maximum", [1.0, 1.5, jnp.inf])
+def test_dynamic_thresholding_is_that_of_diffusers(maximum):
+    import torch
+    from diffusers import DDIMScheduler
+
+    given = lambda x, step: Prediction(2 * x, {"kept": x})
+    theirs = DDIMScheduler(thresholding=True, sample_max_value=float(maximum), dynamic_thresholding_ratio=0.9)
+    want = theirs._threshold_sample(torch.from_numpy(np.array(2 * IMAGE)).movedim(-1, 1)).movedim(1, -1)
+    got = dynamic_threshold(given, 0.9, maximum)(IMAGE, ROW)
+    np.testing.assert_allclose(got.x0, want.numpy(), rtol=1e-5)
+    np.testing.assert_array_equal(got.aux["kept"], IMAGE)
+    np.testing.assert_array_equal(clip(given)(IMAGE, ROW).x0, jnp.clip(2 * IMAGE, -1, 1))

@@ -6,7 +6,16 @@ import jax.numpy as jnp
 from vgen.types import Denoiser, Intervention, Sampler, Step
 
 
-def sample(denoise: Denoiser, sampler: Sampler, grid: Step, key, x, hook: Intervention | None = None, num_steps=None):
+def sample(
+    denoise: Denoiser,
+    sampler: Sampler,
+    grid: Step,
+    key,
+    x,
+    hook: Intervention | None = None,
+    num_steps=None,
+    differentiable: bool = False,
+):
     """Run `sampler` from `x` along `grid` and return the last state.
 
     denoise: (x, step) -> Prediction.  grid: a Step whose fields are arrays [length].  key: a typed PRNG key; step i
@@ -14,13 +23,17 @@ def sample(denoise: Denoiser, sampler: Sampler, grid: Step, key, x, hook: Interv
     hook: an Intervention called around every step.
     num_steps: int or traced int32 <= length, how many rows to run (all by default).  With a traced number the loop is
     one compiled program for every step count: pad the grid to the longest and pass the count.
+    differentiable: a form that gradients can be taken through, also with a traced num_steps: a scan over all rows in
+    which those beyond num_steps do nothing.  It keeps what every step needs for its gradient; `jax.checkpoint(denoise)`
+    keeps less.
     Raises ValueError if the fields of the grid differ in length.
     """
     lengths = {jnp.shape(field)[0] for field in grid}
     if len(lengths) != 1:
         raise ValueError(f"sample: the fields of grid must have one length, got {sorted(lengths)}")
     hook = hook or Intervention()
-    num_steps = lengths.pop() if num_steps is None else num_steps
+    length = lengths.pop()
+    num_steps = length if num_steps is None else num_steps
 
     def body(i, carry):
         x, state, hook_state = carry
@@ -35,4 +48,10 @@ def sample(denoise: Denoiser, sampler: Sampler, grid: Step, key, x, hook: Interv
         return x_next, state, hook_state
 
     carry = (x, sampler.init(x), hook.init(x) if hook.init is not None else ())
-    return jax.lax.fori_loop(0, num_steps, body, carry)[0]
+    if not differentiable:
+        return jax.lax.fori_loop(0, num_steps, body, carry)[0]
+
+    def row(carry, i):
+        return jax.lax.cond(i < num_steps, body, lambda i, carry: carry, i, carry), None
+
+    return jax.lax.scan(row, carry, jnp.arange(length, dtype=jnp.int32))[0][0]
