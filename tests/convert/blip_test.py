@@ -113,16 +113,34 @@ def test_wrong_checkpoints_are_refused():
         AUTHORS.build({}, {})
 
 
-def test_blip2_against_transformers(x64):
+BLIP2_CONFIGS = {
+    "cross-attention every second layer": dict(
+        vision=dict(hidden_size=20, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28,
+                    patch_size=7),
+        qformer=dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40),
+        num_query_tokens=6,
+    ),
+    "odd sizes, in every layer, no bias in the tower, other eps": dict(
+        vision=dict(hidden_size=33, intermediate_size=21, num_hidden_layers=1, num_attention_heads=3, image_size=25,
+                    patch_size=5, qkv_bias=False, layer_norm_eps=1e-4, hidden_act="quick_gelu"),
+        qformer=dict(hidden_size=35, num_hidden_layers=2, num_attention_heads=5, intermediate_size=17,
+                     cross_attention_frequency=1, layer_norm_eps=1e-5, hidden_act="relu"),
+        num_query_tokens=1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLIP2_CONFIGS)
+def test_blip2_against_transformers(x64, name):
     """Vision tower, Q-Former and projection; the rest of the file, a language model, is left where it is."""
     transformers = pytest.importorskip("transformers")
-    vision = dict(hidden_size=20, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=28)
-    qformer = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40)
+    sizes = BLIP2_CONFIGS[name]
     text = dict(hidden_size=16, num_hidden_layers=1, ffn_dim=8, num_attention_heads=2, vocab_size=60)
     config = transformers.Blip2Config(
-        vision_config=vision | dict(patch_size=7), qformer_config=qformer | dict(encoder_hidden_size=20),
+        vision_config=sizes["vision"],
+        qformer_config=sizes["qformer"] | dict(encoder_hidden_size=sizes["vision"]["hidden_size"]),
         text_config=transformers.OPTConfig(**text, word_embed_proj_dim=16, max_position_embeddings=8).to_dict(),
-        num_query_tokens=6, image_token_index=59,
+        num_query_tokens=sizes["num_query_tokens"], image_token_index=59,
     )  # fmt: skip
     model = tables.randomize(transformers.Blip2Model(config))
     state = tables.state_of(model)

@@ -6,8 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+import vgen
 from tests.convert import tables
 from tests.convert.tables import quick  # noqa: F401  a fixture
+from vgen.config import UserError
+from vgen.convert import formats
 from vgen.convert.clip import HF_CLIP, HF_TEXT, HF_TEXT_PROJECTION, HF_VISION, HF_VISION_PROJECTION, OPEN_CLIP, OPENAI
 from vgen.convert.rules import ConvertError
 from vgen.models import clip
@@ -294,3 +297,26 @@ def test_published_sizes_from_the_arrays(name):
     params = jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), tables.shapes_of(family, module))
     shapes = {k: v.shape for k, v in tables.rules.export(params, family.table(module)).items()}
     assert family.build({}, shapes) == module
+
+
+def test_a_file_alone_does_not_tell_its_activation(tmp_path):
+    """OpenAI's is the default for its own sizes; OpenCLIP's files and widths want a word by hand, and take it."""
+    vit = clip.clip_vit(width=64, depth=1, heads=1, mlp_dim=8, patch_size=8, image_size=16)
+    module = clip.CLIP(clip.ImageTower(vit, 8), clip.TextTower(width=64, depth=1, heads=1, mlp_dim=8, vocab=9, length=5,
+                                                               features=8))  # fmt: skip
+    flat = {k: np.zeros(s.shape, np.float32) for k, s in tables.shapes_of(OPENAI, module).items()}
+    state = tables.rules.export(flat, OPENAI.table(module))
+    plain, theirs = tmp_path / "ViT-tiny.safetensors", tmp_path / "open_clip_model.safetensors"
+    for path in (plain, theirs):
+        formats.write_safetensors(path, state)
+    activations = lambda found: {found[0].text.act, found[0].visual.vit.act}
+    assert activations(vgen.load(plain)) == {"quick_gelu"}
+    with pytest.raises(UserError, match="open_clip_config.json, and the arrays do not tell its activation: choose"):
+        vgen.load(theirs)
+    for family, act in (("OPEN_CLIP", "gelu"), ("OPENAI", "quick_gelu")):
+        assert activations(vgen.load(theirs, family=f"vgen.convert.clip:{family}")) == {act}
+    theirs.with_name("open_clip_config.json").write_text('{"model_cfg": {"quick_gelu": true}}')
+    assert activations(vgen.load(theirs)) == {"quick_gelu"}
+    wide = state | {"visual.conv1.weight": np.zeros((1280, 3, 14, 14), np.float32)}
+    with pytest.raises(UserError, match="an image tower 1280 wide, which is none of OpenAI's"):
+        tables.found(wide)

@@ -174,3 +174,19 @@ def test_a_part_that_the_network_lacks_is_unread():
         rules.plan(["x", "decoder.0"], ["p"], table)
     table = table._replace(ignore=(r"decoder\..*",))
     assert len(rules.plan(rules.renamed(["x", "decoder.0"], table), ["p"], table)) == 1
+
+
+def test_an_operation_may_look_at_values():
+    """It says what is wrong with them when they are read; ahead of that there are only shapes."""
+
+    def forward(arrays):
+        if not (arrays[0] == 7).all():
+            raise ConvertError("scale: expected sevens")
+        return arrays
+
+    table = Table((Rule("s", "scale", rules.Op(forward, lambda x: x)),))
+    sevens, shapes = np.full(3, 7, np.float32), {"scale": jax.ShapeDtypeStruct((3,), np.float32)}
+    assert len(rules.prepare({"s": sevens}, table, shapes)[0]) == 1
+    np.testing.assert_array_equal(load({"s": sevens}, table, shapes)["scale"], sevens)
+    with pytest.raises(ConvertError, match="expected sevens"):
+        load({"s": sevens + 1}, table, shapes)

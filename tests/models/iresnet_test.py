@@ -37,6 +37,49 @@ def test_golden(x64, dtype, tol):
     golden.check(g, "before_head", mids["fc"], tol)
 
 
+def in_torch(weights, x):
+    """The network of a state dict in torch's functions, from the paper's description: x [b, 3, h, w] -> features."""
+    import torch
+    from torch.nn import functional as F
+
+    w = {name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in weights.items()}
+
+    def norm(x, name):
+        parts = (w[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, *parts, eps=1e-5)
+
+    def block(x, at, stride):
+        h = F.prelu(norm(F.conv2d(norm(x, f"{at}.bn1"), w[f"{at}.conv1.weight"], padding=1), f"{at}.bn2"),
+                    w[f"{at}.prelu.weight"])  # fmt: skip
+        h = norm(F.conv2d(h, w[f"{at}.conv2.weight"], stride=stride, padding=1), f"{at}.bn3")
+        if stride == 2:
+            x = norm(F.conv2d(x, w[f"{at}.downsample.0.weight"], stride=2), f"{at}.downsample.1")
+        return x + h
+
+    x = F.prelu(norm(F.conv2d(torch.from_numpy(x), w["conv1.weight"], padding=1), "bn1"), w["prelu.weight"])
+    for stage in (1, 2, 3, 4):
+        i = 0
+        while f"layer{stage}.{i}.conv1.weight" in w:
+            x, i = block(x, f"layer{stage}.{i}", 1 if i else 2), i + 1
+    x = F.linear(norm(x, "bn2").flatten(1), w["fc.weight"], w["fc.bias"])
+    return norm(x, "features").numpy()
+
+
+def test_another_size_against_torch(x64):
+    """Other numbers of layers, features and pixels; the torch side is held to the authors' numbers as well."""
+    pytest.importorskip("torch")
+    g = golden.load("arcface_iresnet")
+    golden.check(g, "y", in_torch(g["weights"], g["inputs"]["x"].astype(np.float64)), 1e-9)
+    module = IResNet((2, 1, 3, 2), 7, 48)
+    x = np.random.default_rng(0).uniform(-1, 1, (2, 48, 48, 3))
+    params = tables.draw(module, jnp.asarray(x))
+    want = in_torch(tables.export(ARCFACE, module, params), nchw(x))
+    run = jax.jit(lambda params, x: module.apply({"params": params}, x))
+    got = run(tables.float64(params), x)
+    assert got.shape == (2, 7) and tables.error(got, want) < 1e-9
+    assert tables.error(run(tables.float64(params), x[::-1]), want) > 1e-2
+
+
 @pytest.mark.parametrize("depth, count", [(50, 43.59e6), (100, 65.16e6)])
 def test_published_sizes(depth, count):
     tree = jax.eval_shape(IResNet(LAYERS[depth]).init, jax.random.key(0), jnp.zeros((1, 112, 112, 3)))["params"]

@@ -1,10 +1,11 @@
-"""The command line: python -m vgen.bench peers [--only REGEX] [--runs N].
+"""The command line: python -m vgen.bench peers|bf16 [--only REGEX] [--runs N].
 
 Every mistake of the caller ends as one sentence on stderr and exit code 2.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 from vgen.config import UserError
 
@@ -12,20 +13,30 @@ from vgen.config import UserError
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 after a mistake of the caller."""
     parser = argparse.ArgumentParser("vgen.bench", description="Suites that measure and print tables.")
-    suites = parser.add_subparsers(dest="suite", required=True, metavar="peers")
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="peers|bf16")
     peers = suites.add_parser("peers", help="speed beside the PyTorch references, same weights, float32")
     peers.add_argument("--only", default="", help="regular expression of the cases' names")
     peers.add_argument("--runs", type=int, default=5, help="of each side; the fastest counts (default: %(default)s)")
+    bf16 = suites.add_parser("bf16", help="errors of the computation in bfloat16 against float32")
+    bf16.add_argument("--only", default="", help="regular expression of the networks' names")
     options = parser.parse_args(argv)
-    from vgen.bench.peers import table
-
     try:
-        for line in table(options.only, options.runs):
+        for line in _lines(options):
             print(line, flush=True)
     except UserError as error:
         print(f"vgen.bench: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def _lines(options) -> Iterator[str]:
+    if options.suite == "peers":
+        from vgen.bench import peers
+
+        return peers.table(options.only, options.runs)
+    from vgen.bench import bf16
+
+    return bf16.table(options.only)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ def hf_tower(config: Mapping[str, Any], **defaults: Any) -> ViT:
         image_size=config["image_size"],
         act=ACTIVATIONS[act],
         eps=config["layer_norm_eps"],
+        qkv_bias=None if config.get("qkv_bias", True) else False,  # BLIP-2's alone has the entry
         resize="bicubic",
     )
 

@@ -386,6 +386,17 @@ def _family(act: str) -> Family:
     return Family(build, openai_table, _both, outputs=Scores._asdict)
 
 
-# A file alone does not tell its activation: OpenAI's weights, and OpenCLIP's "-quickgelu" ones, want the first; the
-# other one is for OpenCLIP's own (LAION, DataComp), as is the first with open_clip_config.json, which does tell.
+def untold(file: str, shapes: Shapes) -> str:
+    """Why a file without a config may not be read as OpenAI's, with its quick GELU; "" if it may.
+
+    file: its name.  QUIRK: arrays do not tell the activation (open_clip keeps it in open_clip_config.json): OpenAI's
+    weights and OpenCLIP's "-quickgelu" ones want the quick GELU, others of OpenCLIP (LAION, DataComp) the exact one.
+    """
+    width = known(shapes, _OPENAI_NAMES).get("visual.conv1.weight", (0,))[0]
+    if file.startswith("open_clip_"):
+        return "is a file of OpenCLIP without its open_clip_config.json"
+    return f"has an image tower {width} wide, which is none of OpenAI's" if width in _HEADS else ""
+
+
+# Named by hand, each is what it says: quick GELU and exact GELU; open_clip_config.json, where there is one, wins.
 OPENAI, OPEN_CLIP = _family("quick_gelu"), _family("gelu")

@@ -43,7 +43,7 @@ def export(
     kind, path = families.get(family), Path(where)
     arrays = exported(trees.flatten(params), kind.table(model))
     if path.suffix in (".safetensors", ".npz"):
-        _new(path)
+        new_folder(path)
         write = formats.write_safetensors if path.suffix == ".safetensors" else lambda p, found: np.savez(p, **found)
         write(path, dict(arrays))
         return
@@ -52,7 +52,7 @@ def export(
         kept = {key: value for key, value in (config or {}).items() if key not in PER_FILE}
         settings = kept | kind.config(model)
     stem = "diffusion_pytorch_model" if settings and "_class_name" in settings else "model"
-    _new(path)
+    new_folder(path)
     write_folder(path, arrays, stem, shard)
     if settings is not None:
         (path / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
@@ -76,20 +76,22 @@ def save(
     flat = trees.flatten(params)
     shapes = exported_shapes(flat, kind.table(model))
     settings = dict(config or (kind.config(model) if kind.config is not None else {}))
-    _new(path)
+    new_folder(path)
     write_folder(path, ((name, np.asarray(value)) for name, value in flat.items()), "model", shard)
     text = json.dumps(dict(family=family, config=settings, shapes=shapes), sort_keys=True)
     (path / sources.OWN).write_text(text + "\n")
 
 
-def _new(path: Path) -> None:
-    """Make a folder, or the folder of a file; UserError if something is there."""
+def new_folder(path: str | Path) -> Path:
+    """Make a folder, or the folder of a file, and return the path; UserError if something is there."""
+    path = Path(path)
     try:
         if path.is_dir() and any(path.iterdir()) or path.is_file():
             raise UserError(f"{path} is not empty: name a new place, nothing is written over")
         (path.parent if path.suffix in (".safetensors", ".npz") else path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror or error}") from None
+    return path
 
 
 def write_folder(path: Path, arrays: Iterable[tuple[str, np.ndarray]], stem: str, shard: int) -> None:

@@ -113,6 +113,14 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     }
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors file says beside its arrays, {} where it says nothing; UserError where it is damaged."""
+    open_safetensors(path)
+    with path.open("rb") as file:
+        header = file.read(struct.unpack("<Q", file.read(8))[0])
+    return parse_json(header, path).get("__metadata__") or {}
+
+
 def _place(entry: Any, where: str) -> tuple[np.dtype, tuple[int, ...], int, int]:
     """(dtype, shape, begin, end) of one entry of the header."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:

@@ -44,9 +44,13 @@ def network(source: Source, family: str | None = None) -> Network:
     name = family or families.find(source)
     kind = families.get(name)
     model = kind.build(source.config, source.shapes)
-    inputs = kind.inputs(model, np.random.default_rng(0))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), **inputs)["params"]
-    return Network(source, name, kind, model, trees.flatten(shapes))
+    return Network(source, name, kind, model, shapes_of(model, kind))
+
+
+def shapes_of(model: Any, family: Family) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape struct} of a network's parameters."""
+    inputs = family.inputs(model, np.random.default_rng(0))
+    return trees.flatten(jax.eval_shape(model.init, jax.random.key(0), **inputs)["params"])
 
 
 def load(

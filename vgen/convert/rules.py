@@ -24,10 +24,15 @@ class ConvertError(UserError):
     """A checkpoint does not fit the network; the message lists everything that is wrong."""
 
 
+class _Misfit(ConvertError):
+    """Arrays that an operation cannot treat, whatever their values."""
+
+
 class Op(NamedTuple):
     """How arrays change on their way in (`forward`) and out (`backward`), which is its inverse.
 
     Both map a list of arrays, one per source name (or one per path, for `backward`), to a list of the other side.
+    `forward` may raise ConvertError about their values; about shapes, whatever numpy raises is caught and explained.
     """
 
     forward: Callable[[list[np.ndarray]], list[np.ndarray]]
@@ -163,7 +168,7 @@ def plan(names: Iterable[str], paths: Iterable[str], table: Table) -> list[Match
     """
     matches, problems = _plan(names, paths, table)
     if problems:
-        raise ConvertError(_listed("the checkpoint does not fit the network", problems))
+        raise ConvertError(listed("the checkpoint does not fit the network", problems))
     return matches
 
 
@@ -179,7 +184,7 @@ def prepare(stored: Mapping[str, Any], table: Table, shapes: Mapping[str, Any]) 
     for match in matches:
         problems += _misfits(match, {name: stored[known[name]] for row in match.names for name in row}, shapes)
     if problems:
-        raise ConvertError(_listed("the checkpoint does not fit the network", problems))
+        raise ConvertError(listed("the checkpoint does not fit the network", problems))
     return matches, known
 
 
@@ -190,8 +195,10 @@ def _misfits(match: Match, stored: Mapping[str, Any], shapes: Mapping[str, Any])
     try:
         for row in rows(match, lambda name: np.broadcast_to(np.zeros((), stored[name].dtype), stored[name].shape)):
             got = {path: ((len(match.names),) * match.stacked + a.shape, a.dtype) for path, a in zip(match.paths, row)}
-    except ConvertError as error:
+    except _Misfit as error:
         return [f"{error}, expected {', '.join(f'{path} {shape}' for path, shape in want.items())}"]
+    except ConvertError:  # an operation that looks at values, for which zeros stand here: it will see the true ones
+        return []
     wrong = [_unlike(path, *got[path], shapes[path]) for path in want]
     return [f"{line} (from {match.names[0][0]})" for line in wrong if line]
 
@@ -270,12 +277,12 @@ def rows(match: Match, read: Callable[[str], np.ndarray]) -> Iterator[list[np.nd
         try:
             row = list(match.op.forward(arrays))
         except (ValueError, IndexError, TypeError) as error:
-            raise ConvertError(f"{shapes}: {error}") from None
+            raise _Misfit(f"{shapes}: {error}") from None
         if len(row) != len(match.paths):
-            raise ConvertError(f"{shapes}: gives {len(row)} arrays for {', '.join(match.paths)}")
+            raise _Misfit(f"{shapes}: gives {len(row)} arrays for {', '.join(match.paths)}")
         first = first or [a.shape for a in row]
         if first != [a.shape for a in row]:
-            raise ConvertError(f"{shapes}: not of the shape that {match.names[0][0]} has")
+            raise _Misfit(f"{shapes}: not of the shape that {match.names[0][0]} has")
         yield row
 
 
@@ -313,7 +320,7 @@ def check_shapes(flat: Mapping[str, Any], shapes: Mapping[str, Any]) -> None:
     """ConvertError listing every array whose shape, or kind of number, is not the parameter's."""
     wrong = [line for path, a in flat.items() if (line := _unlike(path, a.shape, a.dtype, shapes[path]))]
     if wrong:
-        raise ConvertError(_listed("the checkpoint's shapes are not the network's", wrong))
+        raise ConvertError(listed("the checkpoint's shapes are not the network's", wrong))
 
 
 def export(flat: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
@@ -349,7 +356,7 @@ def _written(flat: Mapping[str, Any], table: Table) -> Iterator[tuple[str, np.nd
                 used |= set(paths)
                 uses.append((rule, found.groupdict(), paths))
     if lost := sorted(set(flat) - used):
-        raise ConvertError(_listed("no rule writes these parameters", lost))
+        raise ConvertError(listed("no rule writes these parameters", lost))
     written = (_backward(rule, values, [flat[p] for p in paths]) for rule, values, paths in uses)
     return itertools.chain.from_iterable(written)
 
@@ -366,6 +373,7 @@ def _backward(rule: Rule, values: Mapping[str, str], arrays: Sequence[Any]) -> I
             yield source.format(**numbers), a
 
 
-def _listed(what: str, problems: Sequence[str]) -> str:
+def listed(what: str, problems: Sequence[str]) -> str:
+    """A message that lists the first 40 of the problems, one a line."""
     more = f"\n  (and {len(problems) - 40} more)" if len(problems) > 40 else ""
     return f"{what}:\n  " + "\n  ".join(problems[:40]) + more

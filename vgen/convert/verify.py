@@ -15,8 +15,9 @@ from vgen import trees
 from vgen.config import UserError
 from vgen.convert import families, formats, load
 from vgen.convert.export import export
+from vgen.convert.family import Family
 from vgen.convert.load import Network
-from vgen.convert.rules import exported
+from vgen.convert.rules import exported, exported_shapes
 from vgen.convert.sources import Source
 
 
@@ -26,16 +27,13 @@ def errors(
     """{output: (largest absolute difference, the same relative to the reference's largest value)}, in float32.
 
     layout: "vgen.convert.module:NAME" of another layout of the network, whose reference is asked instead: a checkpoint
-      of the authors is compared through an export for the package that has the network.
-    Raises UserError where the family names no reference, the package that has it is not installed, or the reference
-    does not accept the weights.
+      of the authors is compared through an export for the package that has the network.  By default the layout
+      itself, or where it has no reference the first one beside it that has one and names for every parameter.
+    Raises UserError where no layout has a reference, the package that has it is not installed, or the reference does
+    not accept the weights.
     """
-    net = load.network(source, family)
-    stored = net
-    if layout is not None:
-        net = net._replace(source=source._replace(tensors={}, config={}), name=layout, family=families.get(layout))
-    if net.family.reference is None or net.family.compare is None or net.family.outputs is None:
-        raise UserError(f"{source.path}: no package has a reference network for {net.name}")
+    stored = load.network(source, family)
+    net = stored if layout is None and _has_reference(stored.family) else _through(stored, layout)
     _import("torch", net)
     inputs = net.family.inputs(net.model, np.random.default_rng(seed))
     params = load.read(stored, dtype=np.float32)
@@ -54,6 +52,40 @@ def errors(
         difference = float(np.abs(got - want).max()) if finite else float("inf")
         found[name] = (difference, difference / max(float(np.abs(want).max()), 1e-30) if finite else float("inf"))
     return found
+
+
+def _has_reference(family: Family) -> bool:
+    return None not in (family.reference, family.compare, family.outputs)
+
+
+def _through(net: Network, layout: str | None) -> Network:
+    """The network as an export in another layout, or in the first beside it that will do; UserError if none will."""
+    if layout is not None:
+        if not _has_reference(families.get(layout)):
+            raise UserError(f"{net.source.path}: no package has a reference network for {layout}")
+        return _exported(net, layout)
+    module = net.name.partition(":")[0]
+    beside = [
+        f"{module}:{name}" for name, value in vars(importlib.import_module(module)).items() if isinstance(value, Family)
+    ]
+    beside = [name for name in beside if name != net.name and _has_reference(families.get(name))]
+    for name in beside:
+        other = _exported(net, name)
+        try:
+            exported_shapes(net.shapes, other.family.table(net.model))
+            if other.family.config is not None:
+                other.family.config(net.model)
+        except (UserError, AttributeError):  # another network, or one that the layout cannot say
+            continue
+        return other
+    others = f", and {', '.join(beside)} cannot hold it" if beside else ""
+    raise UserError(f"{net.source.path}: no package has a reference network for {net.name}{others}")
+
+
+def _exported(net: Network, layout: str) -> Network:
+    return net._replace(
+        source=net.source._replace(tensors={}, config={}), name=layout, family=families.get(layout)
+    )  # fmt: skip
 
 
 def _reference_outputs(net: Network, params: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
