@@ -8,7 +8,12 @@ from vgen.bench import bf16
 from vgen.bench.__main__ import main
 from vgen.models.vit import ViT
 
-WIDE = {("KL autoencoder", "mean"), ("KL autoencoder", "logvar"), ("UVit", "logits")}  # float32 on purpose
+WIDE = {
+    ("MAE", "loss"),
+    ("KL autoencoder", "mean"),
+    ("KL autoencoder", "logvar"),
+    ("UVit", "logits"),
+}  # float32 on purpose
 
 
 @pytest.mark.usefixtures("quick")
@@ -17,7 +22,8 @@ def test_bfloat16(case):
     rows = bf16.measure(case)
     assert rows
     for row in rows:
-        assert 2e-3 < row.error < 0.06, row  # bfloat16 has 8 bits: not more exact, or it was not computed in it
+        # bfloat16 has 8 bits: no value is more exact than 2e-3, or it was not computed in it; a mean may be
+        assert (1e-4 if row.output == "loss" else 2e-3) < row.error < 0.06, row
         assert row.dtype == ("float32" if (row.name, row.output) in WIDE else "bfloat16"), row
 
 

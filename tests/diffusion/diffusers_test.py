@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.conftest import quick_compilation
 from tests.diffusion.reference import (
     SHAPE,
     eps,
@@ -32,6 +33,12 @@ TABLES = {
 }
 KINDS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 pytestmark = pytest.mark.usefixtures("x64")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_compilation():
+        yield
 
 
 def model(x, t):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.compile_test import compilations
+from tests.conftest import quick_compilation
 from vgen.diffusion import grids, multistep, samplers, schedules, solvers
 from vgen.edit.compose import run
 from vgen.edit.sdedit import sdedit
@@ -18,6 +19,12 @@ SCALES = np.array([1.0, 0.3])
 COVARIANCE, MEAN = ROTATE @ np.diag(SCALES**2) @ ROTATE.T, np.array([0.5, -1.0])
 TABLE = schedules.discrete(schedules.betas("cosine"))
 SIZE = 20000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_compilation():
+        yield
 
 
 def exact(x, step):

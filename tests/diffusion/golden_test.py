@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import quick_compilation
 from tests.diffusion.reference import nchw, network, network2, nhwc, replay, states
 from tests.golden import golden
 from vgen.diffusion import grids, losses, multistep, predictions, samplers, schedules
@@ -15,6 +16,12 @@ from vgen.types import Intervention, Prediction
 
 KEY = jax.random.key(5)
 pytestmark = pytest.mark.usefixtures("x64")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with quick_compilation():
+        yield
 
 
 def check(gold, key, got, tol=1e-9):

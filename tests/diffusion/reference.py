@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.conftest import quick_compilation
 from vgen.diffusion import grids
 from vgen.sample import sample
 
@@ -58,8 +57,7 @@ def states(denoise, sampler, grid, key, x, hook=None):
     grid = jax.tree.map(jnp.asarray, grid)
     count = int(grids.rows(grid))
     run = jax.jit(lambda n: sample(denoise, sampler, grid, key, x, hook, num_steps=n))
-    with quick_compilation():
-        return np.stack([run(n) for n in range(1, count + 1)])
+    return np.stack([run(n) for n in range(1, count + 1)])
 
 
 def worst(got, want):
