@@ -147,6 +147,7 @@ def test_kohya(x64, exact, tmp_path):  # noqa: F811
     assert tables.error(got, theirs(part, model.double().eval())) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank, targets, wanted", [(4, ATTENTION, 797_184), (64, ATTENTION, 12_754_944),
                                                    (64, LCM, 67_252_224)])  # fmt: skip
 def test_published_sizes(rank, targets, wanted):

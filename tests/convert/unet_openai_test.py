@@ -94,6 +94,7 @@ def published(family, module):
     return exported_shapes(flat, family.table(module))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, family", SIZES.items())
 def test_published_networks_from_their_shapes(name, family):
     """Sizes, heads and all: from names and shapes alone comes the network that they belong to."""
@@ -104,6 +105,7 @@ def test_published_networks_from_their_shapes(name, family):
     assert built == module.clone(heads=built.heads, head_dim=built.head_dim, dropout=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ADM_64", "ADM_128", "ADM_256", "ADM_512"])
 def test_published_classifiers_from_their_shapes(name):
     module = NoisedClassifier(**getattr(unet_classifier, name))

@@ -150,6 +150,7 @@ def test_published_sizes_of_variants():
     assert count(UNet(**ddpm)) == 78_700_803  # CelebA at 64 x 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, wanted", [("ADM_64", 65_438_568), ("ADM_128", 42_568_040), ("ADM_256", 54_096_360), ("ADM_512", 54_448_360)]
 )
