@@ -48,6 +48,7 @@ setup(
             "diffusers>=0.42",
             "peft",
             "pytest>=8",
+            "pytest-xdist>=3.5",
             "ruff",
             "sentencepiece",
             "tensorflow-datasets>=4.9.10",

@@ -23,6 +23,13 @@ def x64():
         yield
 
 
+def pytest_collection_modifyitems(items):
+    """With several processes (-n), each file stays in one, and so do all that look at the small trained run."""
+    for item in items:
+        shared = "tiny_run" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("tiny_run" if shared else item.nodeid.partition("::")[0]))
+
+
 @contextlib.contextmanager
 def quick_compilation():
     """Less optimised programs, for those that run twice: they are ready sooner."""

@@ -22,7 +22,10 @@ def quick():
 
 
 def draw(module, *args, **kwargs):
-    """Parameters drawn by numpy in the shapes of init: compiling the initialisers would take longer than the tests."""
+    """Parameters of a network or a task, drawn by numpy in the shapes of init.
+
+    Compiling the initialisers would take longer than the tests.
+    """
     rng = np.random.default_rng(0)
 
     def one(path, leaf):
@@ -30,8 +33,8 @@ def draw(module, *args, **kwargs):
         x = rng.standard_normal(leaf.shape) * scale
         return np.asarray(np.abs(x) + 1 if path[-1].key in ("scale", "var") else x, leaf.dtype)
 
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs)["params"]
-    return jax.tree_util.tree_map_with_path(one, shapes)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs)
+    return jax.tree_util.tree_map_with_path(one, shapes.get("params", shapes))
 
 
 def shapes_of(family, module):

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.convert.tables import draw, quick  # noqa: F401  a fixture
 from vgen.data import images as image_ops
 from vgen.models.muse import BaseTransformer, SuperResTransformer
 from vgen.models.text import TextTransformer
 from vgen.models.vqgan import VQGAN
 from vgen.tasks.tokens import MaskedTokens
 from vgen.types import Context
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 VQ = VQGAN(channels=8, multipliers=(1, 2), blocks=1, latent_channels=8, num_codes=16, groups=4)
 TEXT = TextTransformer(vocab=20, length=5, depth=1, width=16, heads=2, mlp_dim=32)
@@ -33,19 +36,14 @@ BATCH = {
 KEY = jax.random.key(1)
 
 
-def randomised(task):
-    params = jax.jit(lambda key: task.init(key, BATCH))(jax.random.key(0))
-    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(KEY, x.shape) / max(x.ndim, 1), params)
-
-
 @pytest.fixture(scope="module")
 def base_params():
-    return randomised(BASE)
+    return jax.tree.map(jnp.asarray, draw(BASE, BATCH))
 
 
 @pytest.fixture(scope="module")
 def super_params():
-    return randomised(SUPER)
+    return jax.tree.map(jnp.asarray, draw(SUPER, BATCH))
 
 
 @pytest.mark.parametrize("task", [BASE, SUPER], ids=["base", "superres"])
@@ -55,8 +53,8 @@ def test_loss_starts_near_uniform_and_training_text_matters(task):
     assert abs(loss(params, BATCH) - np.log(16)) < 1.0
     dropped = dataclasses.replace(task, text_drop=1.0)
     other = BATCH | {"text": (BATCH["text"] + 1) % 20}
-    params = randomised(task)
-    value = lambda t, b: t.losses(params, Context(jnp.int32(0)), b, KEY)["main"].value
+    params = jax.tree.map(jnp.asarray, draw(task, BATCH))
+    value = jax.jit(lambda t, b: t.losses(params, Context(jnp.int32(0)), b, KEY)["main"].value, static_argnums=0)
     assert value(dropped, BATCH) == value(dropped, other)
     kept = dataclasses.replace(task, text_drop=0.0)
     assert value(kept, BATCH) != value(kept, other)
@@ -73,7 +71,8 @@ def test_cross_entropy_counts_masked_tokens_alone():
 
 
 def test_frozen_parts_get_no_gradient(base_params):
-    grads = jax.grad(lambda p: BASE.losses(p, Context(jnp.int32(0)), BATCH, KEY)["main"].value)(base_params)
+    loss = lambda p: BASE.losses(p, Context(jnp.int32(0)), BATCH, KEY)["main"].value
+    grads = jax.jit(jax.grad(loss))(base_params)
     size = lambda name: max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads[name]))
     assert size("tokenizer") == 0 < min(size("transformer"), size("text_encoder"))
 
@@ -83,12 +82,12 @@ def conds(**more):
 
 
 def test_negative_prompt_takes_the_place_of_no_text(base_params):
-    draw = lambda c, scale: BASE.sample(base_params, KEY, c, guidance_scale=scale, steps=4)["tokens"]
+    one = jax.jit(lambda c, scale: BASE.sample(base_params, KEY, c, guidance_scale=scale, steps=4)["tokens"])
     negative = conds(negative=(BATCH["text"] + 7) % 20, negative_mask=BATCH["text_mask"])
-    assert not jnp.array_equal(draw(conds(), 6.0), draw(negative, 6.0))
-    np.testing.assert_array_equal(draw(conds(), 0.0), draw(negative, 0.0))  # no guidance: neither is looked at
+    assert not jnp.array_equal(one(conds(), 6.0), one(negative, 6.0))
+    np.testing.assert_array_equal(one(conds(), 0.0), one(negative, 0.0))  # no guidance: neither is looked at
     same = conds(negative=BATCH["text"], negative_mask=BATCH["text_mask"])
-    np.testing.assert_array_equal(draw(same, 6.0), draw(conds(), 0.0))  # guidance away from the prompt itself is none
+    np.testing.assert_array_equal(one(same, 6.0), one(conds(), 0.0))  # guidance away from the prompt itself is none
 
 
 def test_inpainting_keeps_tokens_and_pixels_outside_the_mask(base_params):

@@ -1,5 +1,6 @@
 """Samplers by name, with the grid each of them walks."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,12 +16,19 @@ SOLVERS = (
 
 
 def solver(
-    name: str, schedule: Schedule, num_steps: Any, max_steps: int | None = None, knobs: dict | None = None, **grid_knobs
+    name: str,
+    schedule: Schedule,
+    num_steps: Any,
+    max_steps: int | None = None,
+    knobs: Mapping[str, Any] | None = None,
+    times: Callable[[Step], Step] | None = None,
+    **grid_knobs,
 ) -> tuple[Sampler, Step]:
     """(sampler, grid) for `vgen.sample.sample(denoise, sampler, grid, key, x, num_steps=grids.rows(grid))`.
 
     name: "ddpm", "ddim", "euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "pndm" (as Stable Diffusion
     uses it), "flow_euler" or "predictor_corrector".  knobs: of the sampler: eta, variance, noise, ...
+    times: an edit's change of the grid, ahead of what the sampler itself makes of it (Heun's second rows).
     num_steps, max_steps and grid_knobs: see `grids.grid`; the spacing is by default "leading" for ddpm, ddim and pndm,
     "trailing" for flow_euler, "karras" where time is the noise, and "linspace" elsewhere.
     For fewer than 15 steps DPM-Solver++ ends with a step of first order, as diffusers' does.
@@ -39,6 +47,7 @@ def solver(
     if name in ("euler", "euler_ancestral", "heun") and table and spacing == "linspace":
         grid_knobs.setdefault("rounded", False)
     grid = grids.grid(schedule, num_steps, max_steps, spacing, **grid_knobs)
+    grid = grid if times is None else times(grid)
     if name == "ddpm":
         return samplers.ancestral(**knobs), grid
     if name in ("ddim", "flow_euler"):

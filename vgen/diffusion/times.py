@@ -31,12 +31,16 @@ def draw(key, size: int, how: str = "uniform", mean: float = 0.0, std: float = 1
     return below_one(jax.nn.sigmoid(mean + std * jax.random.normal(key, (size,))))
 
 
-def sample_times(key, size: int, schedule: Schedule, how: str = "uniform", **knobs) -> Float[Array, "b"]:
-    """`size` times of a schedule: whole numbers of a table, or between t_min and t_max; see `draw`."""
-    u = draw(key, size, how, **knobs)
+def place(u: Float[Array, "b"], schedule: Schedule) -> Float[Array, "b"]:
+    """The times at places u in [0, 1) of a schedule's range: whole numbers of a table, or between t_min and t_max."""
     if schedule.length is None:
         return schedule.t_min + u * (schedule.t_max - schedule.t_min)
     return jnp.minimum(jnp.floor(u * schedule.length), schedule.length - 1)
+
+
+def sample_times(key, size: int, schedule: Schedule, how: str = "uniform", **knobs) -> Float[Array, "b"]:
+    """`size` times of a schedule; see `draw` and `place`."""
+    return place(draw(key, size, how, **knobs), schedule)
 
 
 def log_normal_times(key, size: int, schedule: Schedule, mean: float = -1.2, std: float = 1.2) -> Float[Array, "b"]:

@@ -1,7 +1,9 @@
-"""Train an image tokenizer: reconstruction, perceptual and adversarial losses, and the codebook's own rules.
+"""Train an autoencoder, to tokens or to a Gaussian: reconstruction, perceptual and adversarial losses, and the
+rules of the bottleneck.
 
 Sources: Esser et al. 2021 (taming), eq. 4-7; Chang et al. 2022 (MaskGIT), section 3.1; Chang et al. 2023 (Muse),
-section 2.2 and, for the fine-tuned decoder, section 2.6; Razavi et al. 2019 (VQ-VAE-2) for the averaged codebook.
+section 2.2 and, for the fine-tuned decoder, section 2.6; Razavi et al. 2019 (VQ-VAE-2) for the averaged codebook;
+Rombach et al. 2022, appendix G, for the Gaussian.
 """
 
 import dataclasses
@@ -16,6 +18,7 @@ from vgen.data import images as image_ops
 from vgen.layers.quantize import code_counts, ema_update, usage_from_counts
 from vgen.metrics.lpips import feature_loss, init_lpips, lpips
 from vgen.models import discriminator as gan
+from vgen.models.autoencoder import AutoencoderKL
 from vgen.models.vqgan import VQGAN
 from vgen.types import Batch, Context, Loss, Params
 
@@ -24,9 +27,9 @@ LAST_LAYER = "decoder/conv_out/kernel"
 
 @dataclasses.dataclass(frozen=True)
 class Autoencode:
-    """Images in, the same images out, through discrete tokens.
+    """Images in, the same images out, through discrete tokens or, with an AutoencoderKL, Gaussian latents.
 
-    model: the tokenizer.  discriminator: a PatchGAN, or None for no adversarial loss.
+    model: the autoencoder.  discriminator: a PatchGAN, or None for no adversarial loss.
     train: "all", or "decoder": only the decoder learns (Muse's fine-tuned decoder; encoder and codebook stay).
     l1, l2: weights of the mean absolute and squared error.  perceptual: weight of the perceptual loss.
     perceptual_kind: "features" (`metrics.lpips.feature_loss`, which needs no weights) or "lpips", whose network is then
@@ -35,6 +38,8 @@ class Autoencode:
     gan_loss: "hinge" or "nonsaturating".  adaptive: scale the generator's loss by the ratio of the two gradients at
       the decoder's last layer (taming, eq. 7).  r1: weight gamma / 2 of the penalty on real images (MaskGIT: 10 / 2);
       only for a discriminator without batch normalisation.
+    kl: weight of the Gaussian's KL against a standard normal, in nats per value of the picture; 1e-6 in latent
+      diffusion, whose sums over both have this ratio.
     decay, revive_below: of an averaged codebook (`layers.quantize.ema_update`), when model.ema.
     continuous_steps: with an averaged codebook, so many first steps train the autoencoder without quantising, while the
       codes are redrawn from the latents of every batch: the codebook starts where the latents are, and none is wasted
@@ -44,7 +49,7 @@ class Autoencode:
       serves both resolutions of a cascade.
     """
 
-    model: VQGAN
+    model: VQGAN | AutoencoderKL
     discriminator: gan.NLayerDiscriminator | None = None
     train: str = "all"
     l1: float = 1.0
@@ -56,6 +61,7 @@ class Autoencode:
     gan_loss: str = "hinge"
     adaptive: bool = True
     r1: float = 0.0
+    kl: float = 1e-6
     decay: float = 0.99
     revive_below: float = 0.0
     continuous_steps: int = 0
@@ -67,7 +73,7 @@ class Autoencode:
             raise ValueError(f"Autoencode: train must be 'all' or 'decoder', got {self.train!r}")
         if self.gan_loss not in ("hinge", "nonsaturating"):
             raise ValueError(f"Autoencode: gan_loss must be 'hinge' or 'nonsaturating', got {self.gan_loss!r}")
-        if self.continuous_steps and not (self.model.ema and self.train == "all"):
+        if self.continuous_steps and not (self._averaged and self.train == "all"):
             raise ValueError("Autoencode: continuous_steps needs model.ema and train='all'")
         if self.r1 and self.discriminator is not None and self.discriminator.norm == "batch":
             raise ValueError("Autoencode: r1 needs a discriminator whose norm is 'group' or 'none', got 'batch'")
@@ -75,16 +81,25 @@ class Autoencode:
             raise ValueError(f"Autoencode: perceptual_kind must be 'features' or 'lpips', got {self.perceptual_kind!r}")
 
     @property
+    def _gaussian(self) -> bool:
+        return isinstance(self.model, AutoencoderKL)
+
+    @property
+    def _averaged(self) -> bool:
+        return not self._gaussian and self.model.ema
+
+    @property
     def groups(self) -> dict[str, str]:
         if self.train == "decoder":
             gen = r"decoder/.*|post_quant_conv/.*"
         else:
-            gen = r"(encoder|decoder|quant_conv|post_quant_conv)/.*" + ("" if self.model.ema else "|quantizer/codebook")
+            gen = r"(encoder|decoder|quant_conv|post_quant_conv)/.*"
+            gen += "" if self._gaussian or self._averaged else "|quantizer/codebook"
         return {"gen": gen} | ({"disc": r"discriminator/.*"} if self.discriminator is not None else {})
 
     @property
     def buffers(self) -> str:
-        codebook = r"quantizer/.*|" if self.model.ema and self.train == "all" else ""
+        codebook = r"quantizer/.*|" if self._averaged and self.train == "all" else ""
         return codebook + r"discriminator/norm_\d+/(mean|var)"
 
     def init(self, key, batch: Batch) -> Params:
@@ -103,12 +118,7 @@ class Autoencode:
         """{"gen", "disc"}; the reconstruction, and with it the whole backward pass, is computed once for both."""
         view_key, code_key = jax.random.split(key)
         x = self._views(image_ops.to_float(batch["image"]), view_key)
-        apply = lambda method, *args: self.model.apply({"params": params}, *args, method=method)
-
-        z = apply("encode", x)
-        q = apply("quantize", z)
-        continuous = ctx.step < self.continuous_steps
-        z_q = jnp.where(continuous, z.astype(q.z_q.dtype), q.z_q) if self.continuous_steps else q.z_q
+        z_q, bottleneck = self._bottleneck(params, ctx, x, code_key)
         # A vjp in the decoder's last kernel alone gives the gradients that the adaptive weight needs.
         decode = lambda kernel: self.model.apply({"params": _with(params, LAST_LAYER, kernel)}, z_q, method="decode")
         x_hat, last_vjp = jax.vjp(decode, params["decoder"]["conv_out"]["kernel"])
@@ -116,8 +126,7 @@ class Autoencode:
         detached = jax.lax.stop_gradient(x_hat)
         compare = lambda y: self._reconstruction(params, y, x)
         (rec, parts), rec_grad = jax.value_and_grad(compare, has_aux=True)(detached)
-        metrics = dict(parts) | {f"codebook/{name}": value for name, value in q.stats.items()}
-        updates, losses = {}, {}
+        metrics, losses = parts | bottleneck.metrics, {}
         value, grad = rec, rec_grad
         if self.discriminator is not None:
             adversarial = ctx.step >= self.gan_start
@@ -139,16 +148,30 @@ class Autoencode:
         # The gradient with respect to the picture is known; hand it to the decoder instead of differentiating again.
         pulled = (jax.lax.stop_gradient(grad) * x_hat).sum()
         value = value + pulled - jax.lax.stop_gradient(pulled)
-        if self.train == "all":
-            value = value + jnp.where(continuous, 0.0, sum(q.losses.values()))
-            metrics |= {f"codebook/{name}": term for name, term in q.losses.items()}
-            if self.model.ema:
-                state = ema_update(
-                    params["quantizer"], z.reshape(-1, z.shape[-1]), q.indices.reshape(-1), code_key, decay=self.decay,
-                    revive_below=jnp.where(continuous, jnp.inf, self.revive_below), normalize=self.model.normalize,
-                )  # fmt: skip
-                updates = {f"quantizer/{name}": leaf for name, leaf in state.items()}
-        return {"gen": Loss(value, metrics, updates)} | losses
+        return {"gen": Loss(value + bottleneck.value, metrics, bottleneck.updates)} | losses
+
+    def _bottleneck(self, params, ctx: Context, x, key) -> tuple[Any, Loss]:
+        """(what the decoder gets, the bottleneck's own loss with its metrics and updates)."""
+        z = self.model.apply({"params": params}, x, method="encode")
+        if self._gaussian:
+            kl = z.kl().mean() / x[0].size
+            metrics = {"kl": kl, "latent_std": z.mean.std()}
+            return z.sample(key), Loss(self.kl * kl if self.train == "all" else 0.0, metrics)
+        q = self.model.apply({"params": params}, z, method="quantize")
+        continuous = ctx.step < self.continuous_steps
+        z_q = jnp.where(continuous, z.astype(q.z_q.dtype), q.z_q) if self.continuous_steps else q.z_q
+        metrics = {f"codebook/{name}": value for name, value in q.stats.items()}
+        if self.train != "all":
+            return z_q, Loss(0.0, metrics)
+        metrics |= {f"codebook/{name}": term for name, term in q.losses.items()}
+        updates = {}
+        if self._averaged:
+            state = ema_update(
+                params["quantizer"], z.reshape(-1, z.shape[-1]), q.indices.reshape(-1), key, decay=self.decay,
+                revive_below=jnp.where(continuous, jnp.inf, self.revive_below), normalize=self.model.normalize,
+            )  # fmt: skip
+            updates = {f"quantizer/{name}": leaf for name, leaf in state.items()}
+        return z_q, Loss(jnp.where(continuous, 0.0, sum(q.losses.values())), metrics, updates)
 
     def _reconstruction(self, params, x_hat, x):
         """(weighted sum, {name: term}) of what compares pictures; in float32 or wider."""
@@ -206,34 +229,39 @@ class Autoencode:
     # ------------------------------------------------------------------------------------------- use and measurement
 
     def reconstruct(self, params: Params, images) -> tuple[Any, Any]:
-        """(reconstructions [b, h, w, 3] in [-1, 1], tokens) of uint8 images."""
+        """(reconstructions [b, h, w, 3] in [-1, 1], tokens or the means of latents) of uint8 images."""
         x_hat, q = self.model.apply({"params": params}, image_ops.to_float(images))
-        return jnp.clip(x_hat, -1, 1), q.indices
+        return jnp.clip(x_hat, -1, 1), q.mean if self._gaussian else q.indices
 
     def sample(self, params: Params, key, conds: Mapping[str, Any]) -> dict[str, Any]:
         """{"image_out": reconstruction of conds["image"]}; an autoencoder makes nothing up."""
         return {"image_out": image_ops.to_uint8(self.reconstruct(params, conds["image"])[0])}
 
     def evaluate(self, params: Params, batches: Iterable[Batch], key) -> dict[str, float]:
-        """Mean PSNR (dB, per image, of uint8 pictures) and codebook statistics over all batches.
+        """Mean PSNR (dB, per image, of uint8 pictures) over all batches, and statistics of the codes or latents.
 
         With crop_size, once on whole images ("psnr") and once on downsampled ones ("psnr_low").
         """
         run = jax.jit(self.reconstruct)
         names = ("", "_low") if self.crop_size else ("",)
-        psnr, counts = {name: [] for name in names}, {name: 0 for name in names}
+        psnr, counts, spread = {name: [] for name in names}, {name: 0 for name in names}, []
         for batch in batches:
             for name in names:
                 x = batch["image"]
                 if name == "_low":
                     x = image_ops.to_uint8(image_ops.downsample(image_ops.to_float(x), x.shape[1] // self.crop_size))
-                x_hat, tokens = run(params, x)
+                x_hat, latents = run(params, x)
                 error = (image_ops.to_uint8(x_hat).astype(jnp.float32) - x) / 255
                 psnr[name].append(np.asarray(-10 * jnp.log10(jnp.square(error).mean((1, 2, 3)) + 1e-10)))
-                counts[name] = counts[name] + code_counts(tokens, self.model.num_codes)
+                if self._gaussian:
+                    spread.append(float(latents.std()))
+                else:
+                    counts[name] = counts[name] + code_counts(latents, self.model.num_codes)
         if not psnr[""]:
             raise ValueError("Autoencode.evaluate: no batches; the evaluation data is empty")
         metrics = {f"psnr{name}": float(np.concatenate(psnr[name]).mean()) for name in names}
+        if self._gaussian:
+            return metrics | {"latent_std": float(np.mean(spread))}
         stats = usage_from_counts(sum(counts.values()))
         return metrics | {f"codebook_{name}": float(value) for name, value in stats.items()}
 
