@@ -39,19 +39,10 @@ Measured numbers
 
 from ml_collections import ConfigDict
 
+from vgen import recipes
+from vgen.recipes import EASY, PROMPTS, WORLD
+
 SCALES = ("tiny", "mini", "small", "paper", "photos")
-
-# Of tiny and, on a lattice of eighths, of mini: one or two large objects, four shapes, six colours, plain, on two
-# backgrounds.
-WORLD = dict(
-    shapes=("circle", "square", "triangle", "star"), textures=("solid",), sizes=("large",),
-    colours=("red", "yellow", "green", "blue", "purple", "cyan"), backgrounds=("white", "grey"), max_objects=2,
-)  # fmt: skip
-
-# MaskGIT's layout with biases and with shortcuts that start at the block's input, as taming's: after 300 steps without
-# quantising, the released layout had more than twice the squared error (0.052 at its best rate, against 0.023).
-EASY = dict(target="vgen.models.vqgan:Layout", bias=True, stem_bias=True, shortcut="input", downsample="average",
-            out_kernel=1, mid_blocks=1, mid_attention=False, decoder_extra=0)  # fmt: skip
 
 PUBLISHED = dict(
     transformer_layers=dict(base_3b=3.22e9, base_632m=629e6, superres=738e6),  # computed from the published shapes
@@ -81,95 +72,65 @@ def _world(
 ):  # fmt: skip
     """All four stages on scenes, with one tokenizer for both resolutions; `size` is that of super-resolution."""
     low = size // 2
-    vqgan = dict(target="vgen.models.vqgan:VQGAN", **tokenizer)
+    vqgan = recipes.vqgan(**tokenizer)
     large = vqgan | decoder
-    gan = dict(target="vgen.models.discriminator:NLayerDiscriminator", **discriminator)
-    factor = tokenizer.get("patch", 1) * 2 ** (len(tokenizer["multipliers"]) - 1)
+    gan = recipes.discriminator(**discriminator)
+    factor = recipes.pixels_per_token(tokenizer)
     grids = dict(low=(low // factor,) * 2, high=(size // factor,) * 2)
-    data = dict(source="scenes", size=size, options=dict(world=world))
+    data = recipes.scenes(size, world)
     small_data = dict(data, size=low, cached=cached)  # the base model alone is fast enough to wait for the drawing
-    held_out = dict(split="heldout", cached=0, options=dict(world=world, count=eval_count), batches=4)
+    held_out = recipes.held_out(world, eval_count)
     codes = tokenizer["num_codes"]
     encoder = dict(
         target="vgen.models.text:TextTransformer", length=text["length"], vocab=text["vocab_size"], **text["net"]
     )
-
-    def train(stage, **kwargs):
-        optim = {group: dict(lr=lr[stage], warmup=min(100, steps[stage] // 10), clip=1.0, end=0.02, b2=0.99,
-                             weight_decay=0.02) for group in kwargs.pop("groups_of", ("main",))}  # fmt: skip
-        return dict(steps=steps[stage], batch_size=batch[stage], optim=optim, ema_decay=0.998,
-                    checkpoint_every=steps[stage] // 4, **kwargs)  # fmt: skip
+    settings = lambda stage: dict(steps=steps[stage], batch=batch[stage], lr=lr[stage])
 
     def tokens(transformer, **kwargs):
         return dict(target="vgen.tasks.tokens:MaskedTokens", label_smoothing=0.0, tokenizer=large, text_encoder=encoder,
                     transformer=transformer, max_steps=max_steps, **kwargs)  # fmt: skip
 
-    auto = dict(target="vgen.tasks.autoencode:Autoencode", discriminator=gan, crop_size=low, **autoencode)
-    both = dict(groups_of=("gen", "disc"))
-    first = dict(auto, model=vqgan, gan_start=steps["tokenizer"] // 2)
-    if adversarial_start:
-        first_train = train("tokenizer", **both)
-    else:
-        first, first_train = first | dict(discriminator=None), train("tokenizer", groups_of=("gen",))
+    auto = dict(data=data, evaluate=dict(held_out, batches=8), crop_size=low, **autoencode)
+    finer = dict(train="decoder", gan_start=0, perceptual=0.2, continuous_steps=0)
     tuned = ("encoder", "quantizer") if decoder else ("encoder", "quantizer", "decoder")  # of equal size: a warm start
     superres = dict(target="vgen.models.muse:SuperResTransformer", vocab=codes, grid=grids["high"], low_vocab=codes,
                     low_grid=grids["low"], **superres)  # fmt: skip
     whole = dict(stage="decoder", without="discriminator|lpips")
     stages = dict(
-        tokenizer=dict(
-            task=first, data=dict(data, text=False), evaluate=dict(held_out, batches=8), train=first_train,
+        tokenizer=recipes.autoencoder(
+            vqgan, discriminator=gan if adversarial_start else None, **settings("tokenizer"), **auto
         ),
-        decoder=dict(
-            task=dict(auto, model=large, train="decoder", gan_start=0, perceptual=0.2, continuous_steps=0),
-            data=dict(data, text=False), evaluate=dict(held_out, batches=8), train=train("decoder", **both),
+        decoder=recipes.autoencoder(
+            large, discriminator=gan, **settings("decoder"), **(auto | finer),
             init={part: dict(stage="tokenizer", part=part) for part in tuned},
         ),
         base=dict(
             task=tokens(dict(target="vgen.models.muse:BaseTransformer", vocab=codes, grid=grids["low"], **base),
                         size=low, train_text=True),
-            data=small_data, evaluate=held_out, train=train("base"), init=dict(tokenizer=whole),
+            data=small_data, evaluate=held_out, train=recipes.train(**settings("base")), init=dict(tokenizer=whole),
         ),
         superres=dict(
             task=tokens(superres, size=size, low_size=low),
-            data=data, evaluate=held_out, train=train("superres"),
+            data=data, evaluate=held_out, train=recipes.train(**settings("superres")),
             init=dict(tokenizer=whole, text_encoder=dict(stage="base", part="text_encoder")),
         ),
     )  # fmt: skip
     return dict(
         stages=stages,
         order=("tokenizer", "decoder", "base", "superres"),
-        text=dict(kind="bpe", length=text["length"], vocab_size=text["vocab_size"], path=""),
+        text=recipes.bpe(text["length"], text["vocab_size"]),
         generate=generate,
-        eval=dict(
-            target="vgen.metrics.scene_eval:SceneEval",
-            world=world,
-            prompts=eval_prompts,
-            split="heldout",
-            guidance_off=True,
-        ),  # fmt: skip
+        eval=recipes.scene_eval(world, eval_prompts),
         prompts=prompts,
     )
-
-
-PROMPTS = (
-    "a red circle left of a blue star",
-    "a green square above a yellow triangle",
-    "a purple star on a white background",
-    "a yellow triangle right of a cyan circle on a grey background",
-    "a purple square below a green circle",
-    "a blue triangle on a grey background",
-    "a yellow star right of a purple square",
-    "a cyan square above a red triangle on a white background",
-)
 
 
 def _tiny():
     return _world(
         size=32, world=WORLD, cached=0, eval_count=16,
-        tokenizer=dict(channels=8, multipliers=(1, 2, 2), blocks=1, latent_channels=8, num_codes=32, groups=4,
-                       ema=True),
+        tokenizer=recipes.TOKENIZERS["tiny"],
         decoder=dict(decoder_channels=8, decoder_blocks=2), discriminator=dict(channels=8, layers=1, norm="group"),
-        autoencode=dict(revive_below=0.05), adversarial_start=True,
+        autoencode=recipes.TOKENIZER_LOSSES["tiny"], adversarial_start=True,
         base=dict(depth=2, width=32, heads=2, mlp_dim=64, unroll=2),
         superres=dict(depth=1, low_depth=1, width=32, heads=2, mlp_dim=64),
         text=dict(length=24, vocab_size=320, net=dict(depth=1, width=32, heads=2, mlp_dim=64)),
@@ -190,12 +151,9 @@ def _generate(*, batch_size, steps=(24, 8), guidance=(4.0, 4.0), choice=(4.5, 4.
 
 def _mini():
     return _world(
-        size=64, world=WORLD | dict(lattice=8), cached=40_000, eval_count=512,
-        tokenizer=dict(channels=32, multipliers=(1, 2), patch=2, blocks=1, latent_channels=64, num_codes=512, groups=4,
-                       ema=True, layout=EASY),
-        decoder={}, discriminator=dict(channels=16, layers=2, norm="group"),
-        autoencode=dict(l1=1.0, l2=1.0, perceptual=0.0, gan=0.05, revive_below=0.05, continuous_steps=800,
-                        downsampled=0.75), adversarial_start=False,
+        size=64, world=recipes.LATTICE, cached=40_000, eval_count=512,
+        tokenizer=recipes.TOKENIZERS["mini"], decoder={}, discriminator=dict(channels=16, layers=2, norm="group"),
+        autoencode=recipes.TOKENIZER_LOSSES["mini"], adversarial_start=False,
         base=dict(depth=4, width=128, heads=4, mlp_dim=512, unroll=4),
         superres=dict(depth=3, low_depth=1, width=128, heads=4, mlp_dim=512, unroll=3),
         text=dict(length=20, vocab_size=512, net=dict(depth=1, width=128, heads=4, mlp_dim=256)),
@@ -210,10 +168,9 @@ def _small():
     """One accelerator, minutes: the whole world of scenes at 64 and 128 pixels, the published recipe's proportions."""
     return _world(
         size=128, world={}, cached=200_000, eval_count=2048,
-        tokenizer=dict(channels=64, multipliers=(1, 2, 2, 4), blocks=2, latent_channels=64, num_codes=2048, groups=32,
-                       ema=True),
+        tokenizer=recipes.TOKENIZERS["small"],
         decoder=dict(decoder_channels=96, decoder_blocks=4), discriminator=dict(channels=64, layers=2, norm="group"),
-        autoencode=dict(l1=1.0, l2=1.0, perceptual=0.2, gan=0.1, revive_below=0.05), adversarial_start=True,
+        autoencode=recipes.TOKENIZER_LOSSES["small"], adversarial_start=True,
         base=dict(depth=12, width=512, heads=8, mlp_dim=2048, dtype="bfloat16"),
         superres=dict(depth=8, low_depth=4, width=512, heads=8, mlp_dim=2048, dtype="bfloat16"),
         text=dict(length=64, vocab_size=512, net=dict(depth=4, width=512, heads=8, mlp_dim=2048, dtype="bfloat16")),

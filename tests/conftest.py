@@ -24,10 +24,13 @@ def x64():
 
 
 def pytest_collection_modifyitems(items):
-    """With several processes (-n), each file stays in one, and so do all that look at the small trained run."""
+    """With several processes (-n), each file stays in one, and so do all that look at the same small trained run."""
     for item in items:
-        shared = "tiny_run" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("tiny_run" if shared else item.nodeid.partition("::")[0]))
+        group = item.nodeid.partition("::")[0]
+        if "tiny_runs" in getattr(item, "fixturenames", ()):
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            group = f"tiny {params['path'].stem if 'path' in params else 'muse'}"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @contextlib.contextmanager
@@ -41,13 +44,40 @@ def quick_compilation():
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    """configs/muse.py:tiny, trained for two steps a stage, drawn and measured by the command line: a `stages.Run`."""
+def tiny_runs(tmp_path_factory):
+    """Give it a config's path for a `stages.Run` of scale tiny, trained for two steps a stage when first asked for.
+
+    Muse goes through the command line, is drawn and measured; of the others the stages are trained and that is all.
+    """
     from vgen.main import main
     from vgen.stages import Run
 
-    workdir, config = tmp_path_factory.mktemp("tiny") / "run", ROOT / "configs" / "muse.py"
-    with quick_compilation():
-        argv = [f"--config={config}:tiny", f"--workdir={workdir}", f"--compilation_cache={CACHE}"]
-        assert main(["vgen", *argv]) == 0
-    return Run(runpy.run_path(str(config))["get_config"]("tiny"), workdir)
+    made = {}
+
+    def train(path: Path) -> Run:
+        workdir, config = tmp_path_factory.mktemp(path.stem) / "run", runpy.run_path(str(path))["get_config"]("tiny")
+        with quick_compilation():
+            if path.stem == "muse":
+                argv = [f"--config={path}:tiny", f"--workdir={workdir}", f"--compilation_cache={CACHE}"]
+                assert main(["vgen", *argv]) == 0
+                return Run(config, workdir)
+            for stage in config.stages.values():
+                stage.evaluate = {}
+            run = Run(config, workdir)
+            run.claim()
+            for name in run.stages:
+                run.train_stage(name)
+        return run
+
+    def get(path: Path) -> Run:
+        if path not in made:
+            made[path] = train(path)
+        return made[path]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_runs):
+    """configs/muse.py:tiny, trained for two steps a stage, drawn and measured by the command line: a `stages.Run`."""
+    return tiny_runs(ROOT / "configs" / "muse.py")

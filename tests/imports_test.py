@@ -28,6 +28,7 @@ FORBIDDEN = {
     "metrics": {"tasks"} | TOP,
     "train": {"models", "tasks", "data", "metrics", "tokens", "diffusion", "edit", "stages", "main"},
     "state": {"models", "tasks", "data"} | TOP,
+    "recipes": {"*"},
     "checkpoint": {"models", "tasks", "data"} | TOP,
     "log": {"models", "tasks"} | TOP,
     "optim": {"models", "tasks", "data"} | TOP,

@@ -116,7 +116,8 @@ def test_training_samples_and_measures(trained, capsys):
         ),
         ([TOY, "--config.stages.first.train.steps=many"], "invalid literal for int() with base 10: 'many'"),
         ([TOY, "--config.stages.first.train.keep='often'"], "train.keep: expected int, got 'often' (str)"),
-        ([TOY, "--config.stages.first.train.steps=0"], "config.stages.first.train: steps must be at least 1, got 0"),
+        ([TOY, "--config.stages.first.train.steps=-1"], "config.stages.first.train: steps must be at least 0, got -1"),
+        ([TOY, "--config.stages.first.train.steps=0"], "without a source: dense, fixed, seen (4 parameters, e.g. "),
         (
             [TOY, "--config.stages.second.init.fixed.stage=third"],
             "init.fixed.stage: 'third' is not a stage before 'second'",

@@ -54,7 +54,7 @@ def there(tmp_path, monkeypatch):
 def test_the_two_commands_and_the_tests():
     start, *_ = re.findall(r"```bash\n(.*?)```", README, re.S)
     assert start == "pip install -e .\npython -m vgen.main --config=configs/muse.py --workdir=runs/muse\n"
-    assert re.findall(r"(?m)^    (python -m pytest.*)$", README) == ["python -m pytest"]
+    assert re.findall(r"(?m)^    (python -m pytest.*)$", README) == ["python -m pytest -n 2"]
 
 
 @pytest.mark.parametrize("args", vgen_commands(), ids=lambda args: " ".join(args)[:80])

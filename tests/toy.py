@@ -28,6 +28,7 @@ class Linear:
 
     noise: added to the targets, from the step's key.  poison: the examples x[:, 0] > 100 give a loss of NaN.
     unknown_update: returns an update that no buffer takes.  size, max_steps: of what `sample` makes.
+    classes: number of the labels that it is told, which make its pictures brighter.
     """
 
     width: int = 4
@@ -36,6 +37,7 @@ class Linear:
     unknown_update: bool = False
     size: int = 16
     max_steps: int = 10
+    classes: int = 0
 
     groups = {"main": r"dense/.*"}
     buffers = r"seen/.*"
@@ -63,8 +65,9 @@ class Linear:
     def sample(self, params, key, conds, *, steps=2, guidance_scale=1.0):
         """Pictures of one colour; with an image, that image."""
         rgb = jax.random.randint(key, (3,), 0, 200) + jnp.int32(guidance_scale + steps)
-        plain = jnp.broadcast_to(rgb, (len(conds["text"]), self.size, self.size, 3)).astype(jnp.uint8)
-        return {"image_out": conds.get("image", plain)}
+        labels = conds["label"] if self.classes else jnp.zeros(len(next(iter(conds.values()))), int)
+        plain = jnp.broadcast_to(rgb + labels[:, None, None, None], (len(labels), self.size, self.size, 3))
+        return {"image_out": conds.get("image", plain.astype(jnp.uint8))}
 
     def evaluate(self, params, batches, key):
         return {"seen": float(params["seen"]["batches"]), "batches": len(list(batches))}

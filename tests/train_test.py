@@ -232,7 +232,8 @@ def test_stopping_finishes_the_step_logs_it_and_saves():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (dict(steps=0), "train: steps must be at least 1, got 0"),
+        (dict(steps=-1), "train: steps must be at least 0, got -1"),
+        (dict(batch_size=0), "train: batch_size must be at least 1, got 0"),
         (dict(accumulate=3), "batch_size 8 does not divide into 3 microbatches"),
         (dict(ema_decay=1.0), r"ema_decay must be in \[0, 1\)"),
         (dict(frozen_dtype="int8"), "frozen_dtype must be float32, bfloat16 or float16, got 'int8'"),

@@ -150,9 +150,13 @@ def _train(run, options) -> int:
 
     if options.stage is not None:
         run.stage(options.stage)
+    names = [options.stage] if options.stage else run.config.order
+    for name in names:
+        if not run.train_config(name).steps:
+            run.check_sources(name)  # before others have been trained in vain
     begun = time.monotonic()
     with _stop_event() as stop:
-        for name in [options.stage] if options.stage else run.config.order:
+        for name in names:
             try:
                 run.train_stage(name, should_stop=stop.is_set)
             except Stopped as stopped:

@@ -15,8 +15,9 @@ def sample(
     hook: Intervention | None = None,
     num_steps=None,
     differentiable: bool = False,
+    states: bool = False,
 ):
-    """Run `sampler` from `x` along `grid` and return the last state.
+    """Run `sampler` from `x` along `grid` and return the last x; with `states` (x, the last state of the hook).
 
     denoise: (x, step) -> Prediction.  grid: a Step whose fields are arrays [length].  key: a typed PRNG key; step i
     uses fold_in(key, i), so that a result depends on the seed and the grid alone.  x: any array or tree.
@@ -49,9 +50,11 @@ def sample(
 
     carry = (x, sampler.init(x), hook.init(x) if hook.init is not None else ())
     if not differentiable:
-        return jax.lax.fori_loop(0, num_steps, body, carry)[0]
+        x, _, hook_state = jax.lax.fori_loop(0, num_steps, body, carry)
+        return (x, hook_state) if states else x
 
     def row(carry, i):
         return jax.lax.cond(i < num_steps, body, lambda i, carry: carry, i, carry), None
 
-    return jax.lax.scan(row, carry, jnp.arange(length, dtype=jnp.int32))[0][0]
+    (x, _, hook_state), _ = jax.lax.scan(row, carry, jnp.arange(length, dtype=jnp.int32))
+    return (x, hook_state) if states else x

@@ -23,14 +23,14 @@ from vgen.data import images
 from vgen.data.open import open_captions, open_pipeline
 from vgen.data.text import open_tokenizer
 from vgen.log import Log
-from vgen.train import Hook, TrainConfig, build_optimizers, fit
+from vgen.train import Hook, TrainConfig, build_optimizers, fit, place_frozen
 
 RECORDED = ("name", "scale", "seed", "stages", "order", "text")  # a workdir belongs to one value of these
 
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One stage.
+    """One stage; with train.steps = 0 an imported one: `init` brings in every parameter, nothing is trained or saved.
 
     task: spec of the Task.  data: arguments of `vgen.data.open.open_pipeline`.  train: arguments of TrainConfig.
     init: {parameter prefix: arguments of InitConfig}.
@@ -48,8 +48,10 @@ class StageConfig:
 class InitConfig:
     """Where the parameters below a prefix come from: a stage trained before, or a weight file.
 
-    stage: its name.  part: the prefix there ("" = everything).  without: regex of top-level parts left out.
-    file: the weight file.  reader: function of its path that returns parameters as they are named here.
+    stage: its name.  file: the weight file, or whatever else `reader` takes, such as a folder.
+    part: the prefix there ("" = everything).  without: regex of top-level parts left out.
+    reader: function of the file's path that returns parameters as they are named here; `vgen.convert.load:params` for
+      published checkpoints.
     """
 
     stage: str = ""
@@ -65,11 +67,13 @@ class GenerateConfig:
 
     stages: names of the generating stages, in order; each gets what the ones before it returned.
     batch_size: pictures per call of a stage.  knobs: {stage: {knob of the task's `sample`: default}}.
+    task: {stage: settings of its task that take the place of those it was trained with, such as another solver}.
     """
 
     stages: tuple[str, ...]
     batch_size: int = 16
     knobs: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    task: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,7 @@ class RunConfig:
     generate: arguments of GenerateConfig ({} = the system does not generate).
     eval: spec of the system's evaluation, built and called as evaluation(generate) -> metrics ({} = none).
     prompts: what `--mode=train` draws at the end.  published: numbers from the paper; nothing reads them but tests.
+    weights: folder of a published checkpoint, for configs whose paths refer to it; nothing else reads it.
     """
 
     name: str
@@ -94,6 +99,7 @@ class RunConfig:
     eval: dict[str, Any] = dataclasses.field(default_factory=dict)
     prompts: tuple[str, ...] = ()
     published: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weights: str = ""
 
 
 class Run:
@@ -126,7 +132,8 @@ class Run:
             train = self.train_config(name)
             if train.batch_size % ways:
                 raise ConfigError(f"{where}.train.batch_size: {train.batch_size} does not divide over {ways} devices")
-            build_optimizers(train, list(train.groups or self.task(name).groups), f"{where}.train.optim")
+            if train.steps or train.optim:  # what is never trained needs no optimiser
+                build_optimizers(train, list(train.groups or self.task(name).groups), f"{where}.train.optim")
             for held_out in (False, True):
                 arguments(open_pipeline, self._data_arguments(name, held_out), f"{where}.data")
             for prefix, source in stage.init.items():
@@ -135,8 +142,9 @@ class Run:
             build(self.config.eval, "config.eval")
         if self.config.generate:
             generate = call(GenerateConfig, self.config.generate, "config.generate")
-            for name in (*generate.stages, *generate.knobs):
+            for name in (*generate.stages, *generate.knobs, *generate.task):
                 self.stage(name)
+                self.sampler(name)
                 accepted = inspect.signature(self.task(name).sample).parameters
                 if unknown := sorted(set(generate.knobs.get(name, {})) - set(accepted)):
                     raise ConfigError(f"config.generate.knobs.{name}: the stage's `sample` has no knob {unknown[0]!r}")
@@ -166,6 +174,14 @@ class Run:
             self._tasks[name] = build(self.stage(name).task, f"config.stages.{name}.task")
         return self._tasks[name]
 
+    def sampler(self, name: str):
+        """A stage's task as it samples: with the settings of `generate.task`."""
+        changed = self.config.generate.get("task", {}).get(name)
+        if not changed:
+            return self.task(name)
+        spec, where = self.stage(name).task, f"config.generate.task.{name}"
+        return build({key: value for key, value in spec.items() if key not in changed} | changed, where)
+
     def claim(self) -> None:
         """Make the workdir and record the config; UserError with a diff when it belongs to another config."""
         path = self.workdir / "config.json"
@@ -182,9 +198,11 @@ class Run:
         self._check_recorded(path)
 
     def check(self) -> None:
-        """UserError unless the workdir was made by this config."""
+        """UserError unless the workdir was made by this config; a new one is claimed where no stage is trained."""
         path = self.workdir / "config.json"
         if not path.exists():
+            if not any(self.train_config(name).steps for name in self.stages):
+                return self.claim()
             raise UserError(f"{self.workdir} holds no run: train first with --mode=train --workdir={self.workdir}")
         self._check_recorded(path)
 
@@ -255,15 +273,34 @@ class Run:
             if not init.file:
                 where = f"config.stages.{name}.init.{prefix}.file"
                 raise ConfigError(f"{where} is empty: name the weight file, e.g. --{where}=PATH")
-            return trees.flatten(resolve(init.reader)(init.file)), dict(source)
-        flat, step = self.weights(init.stage)
+            flat, origin = trees.flatten(resolve(init.reader)(init.file)), dict(source)
+        else:
+            flat, step = self.weights(init.stage)
+            origin = {**source, "step": step}
         if init.without:
             flat = {path: leaf for path, leaf in flat.items() if not re.match(rf"({init.without})/", path)}
-        return trees.subtree(flat, init.part), {**source, "step": step}
+        return trees.subtree(flat, init.part), origin
+
+    def check_sources(self, name: str) -> None:
+        """ConfigError naming the parts of an imported stage that no `init` brings in; nothing is read yet."""
+        prefixes = self.stage(name).init
+        bare = [path for path in self.layout(name).shapes if not any(trees.subtree({path: 0}, p) for p in prefixes)]
+        if bare:
+            parts = ", ".join(dict.fromkeys(path.split("/")[0] for path in bare))
+            raise ConfigError(
+                f"config.stages.{name}: train.steps is 0, so its `init` must bring in every parameter; "
+                f"without a source: {parts} ({len(bare)} parameters, e.g. {bare[0]})"
+            )
 
     def weights(self, name: str) -> tuple[dict[str, jax.Array], int]:
-        """All parameters of a trained stage (its own, averaged, and the frozen ones it used) and their step."""
+        """All parameters of a trained stage (its own, averaged, and the frozen ones it used) and their step.
+
+        Of an imported one: those that its `init` brings in, as config.frozen_dtype, and step 0.
+        """
         layout, config = self.layout(name), self.train_config(name)
+        if not config.steps:
+            self.check_sources(name)
+            return place_frozen(list(layout.shapes), self.given(name)[0], self.mesh, config), 0
         places = sharding.param_shardings(layout.shapes, self.mesh, config.rules, config.min_shard_size)
         folder = self.folder(name)
         found = None
@@ -282,9 +319,15 @@ class Run:
 
     # --------------------------------------------------------------------------------------------------- training
 
-    def train_stage(self, name: str, should_stop=lambda: False) -> states.State:
-        """Train one stage to its last step (continuing where it was) and return its state."""
+    def train_stage(self, name: str, should_stop=lambda: False) -> states.State | None:
+        """Train one stage to its last step (continuing where it was) and return its state.
+
+        Of an imported one, read its weights, so that whatever is missing or does not fit comes to light; gives None.
+        """
         config, task = self.train_config(name), self.task(name)
+        if not config.steps:
+            self.weights(name)
+            return None
         layout = self.layout(name)
         given, origin = self.given(name)
         quiet = jax.process_index() > 0
@@ -356,16 +399,18 @@ class System:
         self.settings = call(GenerateConfig, run.config.generate, "config.generate")
         self.names, self.batch_size = list(self.settings.stages), self.settings.batch_size
         self.params = {name: trees.unflatten(run.weights(name)[0]) for name in self.names}
-        self._functions = {name: jax.jit(run.task(name).sample) for name in self.names}
+        self.tasks = {name: run.sampler(name) for name in self.names}
+        self._functions = {name: jax.jit(task.sample) for name, task in self.tasks.items()}
         self.text = run.text_tokenizer()
-        self.size = max(getattr(run.task(name), "size", 0) for name in self.names)
+        self.size = max(getattr(task, "size", 0) for task in self.tasks.values())
+        self.classes = max(getattr(task, "classes", 0) for task in self.tasks.values())
 
     def knobs(self, name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """A stage's sampling settings with the given ones (None = unset) on top; one that it has not is left out."""
         known = dict(self.settings.knobs.get(name, {}))
         dtypes = {key: jnp.int32 if isinstance(value, int) else jnp.float32 for key, value in known.items()}
         known |= {key: value for key, value in overrides.items() if key in known and value is not None}
-        most = getattr(self.run.task(name), "max_steps", None)
+        most = getattr(self.tasks[name], "max_steps", None)
         if not 1 <= known.get("steps", 1) <= (most or known.get("steps", 1)):
             raise UserError(f"steps of stage {name}: expected 1 to {most}, got {known['steps']}")
         return {key: jnp.asarray(value, dtypes[key]) for key, value in known.items()}
@@ -388,6 +433,28 @@ class System:
             conds["mask"] = images.resize(white, self.size)[..., 0] > 16  # a pixel is new when any part of it is
         return {name: self._spread(np.broadcast_to(x, (self.batch_size, *x.shape))) for name, x in conds.items()}
 
+    def _told(self, prompts: Sequence[str], negative: str) -> dict[str, Any]:
+        """The conditions of all prompts, and one negative prompt for each: texts, or in a system without text labels.
+
+        Where there are no classes either, labels of 0, which nothing reads.
+        """
+        if self.text is not None:
+            names = ("text", "text_mask")
+            told = dict(zip(names, self.text(list(prompts))))
+            if negative:
+                told |= dict(zip(("negative", "negative_mask"), self.text([negative] * len(prompts))))
+            return told
+        if negative:
+            raise UserError(f"negative prompt {negative!r}: {self.run.config.name} has no text")
+        if not self.classes:
+            return {"label": np.zeros(len(prompts), np.int32)}
+        for prompt in prompts:
+            if not (re.fullmatch(r"\s*[0-9]+\s*", str(prompt)) and int(prompt) < self.classes):
+                raise UserError(
+                    f"prompt {prompt!r}: {self.run.config.name} takes the number of a class, 0 to {self.classes - 1}"
+                )
+        return {"label": np.array([int(prompt) for prompt in prompts], np.int32)}
+
     def _spread(self, x: np.ndarray) -> jax.Array:
         """A batch on the devices, split over them where it divides."""
         mesh = self.run.mesh
@@ -407,25 +474,22 @@ class System:
     ) -> dict[str, np.ndarray]:
         """{stage: uint8 images [n, h, w, 3]}, one image per prompt, for every generating stage.
 
+        prompts: texts; numbers of classes, such as "3", where the system has classes and no text; without either
+        whatever there is one of for each picture.
         image: uint8 [h, w, 3] to edit, of which the central square is taken; mask: bool [h, w], True where it is to be
         made anew (None with an image: edit without a mask).  stages: only the first few.
         overrides: guidance_scale, steps, ... (`generate.knobs`); steps may be one number for the first stage or
         {stage: number}.
-        Raises UserError for a knob that no stage has and for more steps than a stage can take.
+        Raises UserError for a knob that no stage has, for more steps than a stage can take, and for a prompt that is no
+        class.
         """
         self._check_overrides(overrides)
-        edited = self._edited(image, mask)
+        edited, told = self._edited(image, mask), self._told(prompts, negative)
         results = {name: [] for name in (stages or self.names)}
-        encode = lambda texts: tuple(self._spread(x) for x in self.text(list(texts)))
         with jax.set_mesh(self.run.mesh):
             for start in range(0, len(prompts), self.batch_size):
-                chunk = list(prompts[start : start + self.batch_size])
-                padded = chunk + [chunk[-1]] * (self.batch_size - len(chunk))
-                conds: dict[str, Any] = {}
-                conds["text"], conds["text_mask"] = encode(padded)
-                if negative:
-                    conds["negative"], conds["negative_mask"] = encode([negative] * self.batch_size)
-                conds |= edited
+                rows = np.arange(start, start + self.batch_size).clip(max=len(prompts) - 1)  # the last one fills up
+                conds: dict[str, Any] = {name: self._spread(x[rows]) for name, x in told.items()} | edited
                 key = jax.random.fold_in(jax.random.key(seed), start // self.batch_size)
                 for i, name in enumerate(results):
                     chosen = dict(overrides)
@@ -433,5 +497,5 @@ class System:
                     chosen["steps"] = steps.get(name) if isinstance(steps, Mapping) else (steps if i == 0 else None)
                     knobs = self.knobs(name, chosen)
                     conds |= self._functions[name](self.params[name], jax.random.fold_in(key, i), conds, **knobs)
-                    results[name].append(np.asarray(conds["image_out"])[: len(chunk)])
+                    results[name].append(np.asarray(conds["image_out"])[: len(prompts) - start])
         return {name: np.concatenate(pictures) for name, pictures in results.items()}

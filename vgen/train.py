@@ -24,7 +24,8 @@ from vgen.types import Context, Task
 class TrainConfig:
     """Settings of one training run.
 
-    optim: {group: arguments of `optim.optimizer` without `steps`}.  batch_size: global examples per step.
+    steps: 0 = nothing is trained (see `vgen.stages.StageConfig`).  batch_size: global examples per step.
+    optim: {group: arguments of `optim.optimizer` without `steps`}.
     groups: replaces the task's own {group: regex} ({} keeps it).  ema_decay: 0 = off.
     accumulate: microbatches per step.  max_bad_steps: consecutive non-finite steps before the run is aborted.
     log_every, checkpoint_every, sample_every, eval_every: steps, 0 = never (a checkpoint is always saved at the end).
@@ -51,8 +52,9 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulate", "max_bad_steps", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            least = int(name != "steps")
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} does not divide into {self.accumulate} microbatches")
         if not 0 <= self.ema_decay < 1:
@@ -199,7 +201,7 @@ def fit(
     (the state is saved first), UserError when a frozen parameter has no source.
     """
     optimizers, rates = build_optimizers(config, list(layout.groups))
-    frozen = place_frozen(layout, given or {}, mesh, config)
+    frozen = place_frozen(layout.frozen, given or {}, mesh, config)
     with jax.set_mesh(mesh):
         make, shardings = states.plan(
             layout, optimizers, mesh, ema=config.ema_decay > 0, rules=config.rules, min_shard_size=config.min_shard_size
@@ -276,9 +278,9 @@ def _report(config, log, step, metrics, extra):
         log.scalars(step, values | extra)
 
 
-def place_frozen(layout: states.Layout, given: Mapping[str, Any], mesh: Mesh, config: TrainConfig) -> dict[str, Any]:
+def place_frozen(paths: Sequence[str], given: Mapping[str, Any], mesh: Mesh, config: TrainConfig) -> dict[str, Any]:
     """The frozen parameters on the mesh, in config.frozen_dtype; UserError naming those that nobody provides."""
-    missing = [path for path in layout.frozen if path not in given]
+    missing = [path for path in paths if path not in given]
     if missing:
         raise UserError(
             f"{len(missing)} frozen parameters have no source (e.g. {', '.join(missing[:3])}): "
@@ -286,6 +288,6 @@ def place_frozen(layout: states.Layout, given: Mapping[str, Any], mesh: Mesh, co
         )
     dtype = jnp.dtype(config.frozen_dtype)
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    frozen = {path: cast(given[path]) for path in layout.frozen}
+    frozen = {path: cast(given[path]) for path in paths}
     shardings = sharding.param_shardings(frozen, mesh, config.rules, config.min_shard_size)
     return jax.device_put(frozen, shardings)

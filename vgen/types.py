@@ -125,11 +125,16 @@ class Intervention(NamedTuple):
 
 
 class AttentionControl(NamedTuple):
-    """The seam of the one attention function: parts are (arrays, site, step) -> arrays, None keeps the fused kernel."""
+    """The seam of the one attention function: parts are (arrays, site, step) -> arrays, None keeps the fused kernel.
+
+    keep: {name: (probs, site, step) -> array [b, ...] or None}, which looks at the final probs and changes nothing:
+      what it gives leaves the network beside its output, see `vgen.layers.attention.kept`.
+    """
 
     qkv: Callable[..., Any] | None = None
     logits: Callable[..., Any] | None = None
     probs: Callable[..., Any] | None = None
+    keep: Mapping[str, Callable[..., Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -208,6 +208,22 @@ def test_source():
         source[10]
 
 
+@pytest.mark.parametrize("labels, count", [("pair", 6), ("colour", 3), ("shape", 2)])
+def test_labels_are_classes_of_the_first_object(labels, count):
+    world = World(shapes=("circle", "star"), colours=("red", "blue", "green"), max_objects=2, heldout=())
+    source = Scenes(16, count=60, world=world, labels=labels)
+    said = scenes.classes(world, labels)
+    assert len(said) == count and {source[i]["label"] for i in range(60)} == set(range(count))
+    for i in range(20):
+        first = compose(world, i)[0][0]
+        colour, shape = said[source[i]["label"]]
+        assert colour in ("", first.colour) and shape in ("", first.shape) and (colour or shape)
+    if labels == "pair":
+        assert said[2 * 2 + 1] == ("green", "star")
+    with pytest.raises(ValueError, match="labels must be one of pair, colour, shape, got 'texture'"):
+        Scenes(16, world=world, labels="texture")
+
+
 # ------------------------------------------------------------------------------------------------------------ captions
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,16 @@ import pytest
 import vgen
 from tests.conftest import quick_compilation
 from tests.convert import tables
+from vgen import trees
 from vgen.data import text
 from vgen.models.clip import TextTower
 from vgen.models.uvit import UVit, micro_conditions
 from vgen.models.vqgan import VQGAN
+from vgen.stages import Run, System
 from vgen.tasks.amused import Amused
 from vgen.types import Context
 
+ROOT = Path(__file__).parents[2]
 SIDE, CODES = 16, 32
 KEY = jax.random.key(3)
 
@@ -60,10 +65,16 @@ def pipe(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loaded(pipe, tmp_path_factory):
+def folder(pipe, tmp_path_factory):
+    """The pipeline as `save_pretrained` writes it."""
+    path = tmp_path_factory.mktemp("pipeline")
+    pipe.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
     """(task, params, text tokenizer) of the pipeline's folder."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    pipe.save_pretrained(folder)
     models, params = vgen.load(folder)
     models["tokenizer"], params["tokenizer"] = models.pop("vqvae"), params.pop("vqvae")
     task = Amused(**models, size=2 * SIDE, empty=(52, 53), pad_id=53, max_steps=12)
@@ -165,6 +176,30 @@ def test_init_makes_what_the_parts_take(loaded):
     made = jax.eval_shape(lambda: task.init(KEY, batch))
     shapes = lambda tree: jax.tree.map(lambda a: a.shape, tree)
     assert shapes(made) == shapes(params)
+
+
+def test_the_config_samples_from_the_folder(folder, loaded, tmp_path):
+    """configs/amused.py:paper at the sizes of the tiny pipeline: drawn in a fresh workdir, nothing trained."""
+    task, params, _ = loaded
+    config = runpy.run_path(str(ROOT / "configs" / "amused.py"))["get_config"]("paper")
+    config.weights, config.text.length, config.mesh = str(folder), 12, {}
+    stage = config.stages.generator
+    spec = stage.task.to_dict() | dict(size=task.size, empty=task.empty, pad_id=task.pad_id, max_steps=task.max_steps)
+    for part in ("transformer", "tokenizer", "text_encoder"):
+        net = getattr(task, part)
+        names = {field.name for field in dataclasses.fields(net)} - {"parent", "name", "layout"}
+        spec[part] |= {name: getattr(net, name) for name in names}
+    stage.task, stage.data.size = spec, task.size
+    run = Run(config, tmp_path / "run")
+    run.check()
+    for part in ("transformer", "tokenizer", "text_encoder"):
+        assert getattr(run.task("generator"), part) == getattr(task, part)
+    found, want = run.weights("generator")[0], trees.flatten(params)
+    assert set(found) == set(want)
+    for path, value in want.items():
+        np.testing.assert_array_equal(found[path], value)
+    with quick_compilation():
+        assert System(run)(["a cat"], steps=2)["generator"].std() > 5
 
 
 def test_refuses_a_text_encoder_without_what_it_reads():

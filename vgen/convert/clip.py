@@ -280,16 +280,20 @@ def _resnet(src: str, dst: str) -> list[Rule]:
     return rules
 
 
+def openai_text_rules(src: str = "", dst: str = "") -> list[Rule]:
+    """The text tower, behind the prefixes `src` and `dst`."""
+    return [
+        Rule(f"{src}token_embedding.weight", f"{dst}embed/embedding"),
+        Rule(f"{src}positional_embedding", f"{dst}positions/table"),
+        *_layer(f"{src}transformer.resblocks.{{i}}", f"{dst}layers"),
+        *norm(f"{src}ln_final", f"{dst}norm"),
+        Rule(f"{src}text_projection", f"{dst}projection/kernel"),
+    ]
+
+
 def openai_table(module: CLIP) -> Table:
     """The state dicts of openai/CLIP and of open_clip."""
-    rules = [
-        Rule("token_embedding.weight", "text/embed/embedding"),
-        Rule("positional_embedding", "text/positions/table"),
-        *_layer("transformer.resblocks.{i}", "text/layers"),
-        *norm("ln_final", "text/norm"),
-        Rule("text_projection", "text/projection/kernel"),
-        Rule("logit_scale", "logit_scale"),
-    ]
+    rules = [*openai_text_rules("", "text/"), Rule("logit_scale", "logit_scale")]
     if isinstance(module.visual, ResNet):
         rules += _resnet("visual", "visual")
     else:

@@ -8,6 +8,7 @@ from vgen.config import UserError
 
 INDEX = ".index.json"  # of shards
 PIPELINE = "model_index.json"  # of a folder of parts
+VOCABULARIES = ("merges.txt", "spiece.model")  # of tokenizers
 FORM = "hf:owner/name[/part][@revision]"
 
 
@@ -74,7 +75,10 @@ def _reason(error: Exception) -> str:
 
 
 def choose(names: Iterable[str], pick: Callable[[list[str]], list[str]]) -> list[str]:
-    """Of a repository's files those to fetch: every config and index, and of each folder one form of its weights."""
+    """Of a repository's files those to fetch: configs, vocabularies, and of each folder one form of its weights.
+
+    Weights beside a pipeline's index are another form of the whole, but where a config.json makes them a network.
+    """
     folders: dict[str, list[str]] = {}
     for name in names:
         path = PurePosixPath(name)
@@ -82,9 +86,9 @@ def choose(names: Iterable[str], pick: Callable[[list[str]], list[str]]) -> list
     wanted: list[str] = []
     for folder, files in folders.items():
         place = "" if folder == "." else folder + "/"
-        wanted += [place + name for name in files if name.endswith(".json")]
+        wanted += [place + name for name in files if name.endswith((".json", *VOCABULARIES))]
         try:
-            chosen = pick(files) if PIPELINE not in files else []
+            chosen = pick(files) if PIPELINE not in files or "config.json" in files else []
         except UserError:
             continue  # several forms of unusual names: whoever opens the folder is told to name one
         for name in chosen:

@@ -66,10 +66,11 @@ def load(
     """(model, params) of a published checkpoint, or of one in vgen's own form.
 
     where: a file, a folder, or "hf:owner/name@revision" (see `vgen.convert.sources.open_source`).  A diffusers pipeline
-      gives ({part: model}, {part: params}).
+      that `vgen.convert.pipelines` knows gives a `vgen.tasks.diffuse.Diffuse` and its parameters.
     dtype: of floating-point parameters; None keeps each one's stored type.
     mesh, rules, min_shard_size: where parameters go (see `vgen.sharding.spec_for`); without a mesh, the first device.
-    family: "vgen.convert.module:NAME", where the checkpoint does not tell.  parts: of a pipeline; all by default.
+    family: "vgen.convert.module:NAME", where the checkpoint does not tell.
+    parts: of a pipeline, which then gives ({part: model}, {part: params}).
     Raises UserError for what cannot be read, and ConvertError, which is one, listing every array that is missing,
     left over, of the wrong shape or the wrong kind of number.
     """
@@ -81,6 +82,10 @@ def load(
         return load_source(source, family=family, **place)
     if family is not None:
         raise UserError(f"{where}: family={family!r}, but this is a pipeline of {', '.join(source)}")
+    from vgen.convert import pipelines  # it reads parts by this module
+
+    if parts is None and not pipelines.by_parts(source):
+        return pipelines.load(source, **place)
     names = list(source if parts is None else parts)
     if unknown := [name for name in names if name not in source]:
         raise UserError(f"{where}: has no part {unknown[0]!r}; there are {', '.join(source)}")
@@ -97,10 +102,10 @@ def load_source(source: Source, *, family: str | None = None, **place) -> tuple[
 
 def params(where: str | Path) -> Params:
     """The parameters alone, of one network: a reader for `vgen.stages.InitConfig`."""
-    model, found = load(where)
-    if isinstance(model, dict):
-        raise UserError(f"{where} is a pipeline of {', '.join(model)}: name the folder of one of them")
-    return found
+    source = open_source(where)
+    if isinstance(source, dict):
+        raise UserError(f"{where} is a pipeline of {', '.join(source)}: name the folder of one of them")
+    return load_source(source)[1]
 
 
 def read(

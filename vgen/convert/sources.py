@@ -38,7 +38,15 @@ class Source(NamedTuple):
         return dict(self.published or {name: stored.shape for name, stored in self.tensors.items()})
 
 
-def open_source(where: str | Path) -> Source | dict[str, Source]:
+class Pipeline(dict[str, Source]):
+    """{part: checkpoint} of a diffusers pipeline.  path: its folder.  index: what its model_index.json holds."""
+
+    def __init__(self, path: Path, index: Mapping[str, Any], parts: Mapping[str, Source]):
+        super().__init__(parts)
+        self.path, self.index = path, index
+
+
+def open_source(where: str | Path) -> Source | Pipeline:
     """The checkpoint at a path or "hf:owner/name@revision"; of a diffusers pipeline {part: checkpoint}.
 
     A file: .safetensors, .npz, .msgpack (Flax), or PyTorch's .bin, .pt, .pth, .ckpt, .pkl (see `vgen.convert.pickled`).
@@ -200,10 +208,11 @@ def _sharded(path: Path) -> dict[str, Stored]:
     return found
 
 
-def _pipeline(folder: Path) -> dict[str, Source]:
+def _pipeline(folder: Path) -> Pipeline:
     """{part: checkpoint} of every part that has weights, in the order of model_index.json."""
     found: dict[str, Source] = {}
-    for part, kind in formats.read_json(folder / hub.PIPELINE).items():
+    index = formats.read_json(folder / hub.PIPELINE)
+    for part, kind in index.items():
         if part.startswith("_") or not isinstance(kind, list) or len(kind) != 2 or kind[1] is None:
             continue
         if any(mark in part for mark in "/\\\0:") or part in (".", ".."):
@@ -213,9 +222,12 @@ def _pipeline(folder: Path) -> dict[str, Source]:
             found[part] = open_source(folder / part)
         elif (folder / part / "config.json").is_file():
             raise UserError(f"{folder / part}: has config.json but no weights; the download may be incomplete")
+        elif not (folder / part).exists() and _config(folder / "config").get("_class_name") == kind[1]:
+            # QUIRK: folders of one network (google/ddpm-cifar10-32) hold it themselves (diffusers, from_pretrained)
+            found[part] = Source(folder, _folder_tensors(folder) or {}, _config(folder / "config"))
     if not found:
         raise UserError(f"{folder}: none of the parts that {hub.PIPELINE} names has weights")
-    return found
+    return Pipeline(folder, index, found)
 
 
 def _has_weights(folder: Path) -> bool:

@@ -24,6 +24,7 @@ from vgen.data.scene_draw import SceneObject, render, truths
 from vgen.data.scene_text import Claims, Thing
 
 SPLITS = ("train", "heldout")
+LABELS = ("", "pair", "colour", "shape")
 DIAMETERS = {"small": 0.28, "medium": 0.35, "large": 0.43}  # of the picture's side, with one or two objects
 BORDER = 0.03  # least distance between an object and the picture's edge
 GAP = 0.06  # least distance between two objects
@@ -194,16 +195,20 @@ class Scenes:
     """A random-access source of `count` scenes: source[i] is {"image": uint8 [size, size, 3], "caption": str}.
 
     world: a World or its keyword arguments.
+    labels: also "label", int, the class of the first object among `classes(world, labels)`; "" for none.
     """
 
     size: int
     split: str = "train"
     count: int = 1_000_000
     world: World | Mapping[str, Any] = FULL
+    labels: str = ""
 
     def __post_init__(self):
         if not isinstance(self.world, World):
             object.__setattr__(self, "world", World(**self.world))
+        if self.labels:
+            classes(self.world, self.labels)  # or ValueError
 
     def __len__(self) -> int:
         return self.count
@@ -212,7 +217,24 @@ class Scenes:
         if not -self.count <= index < self.count:
             raise IndexError(f"scene {index} is outside a source of {self.count}")
         example = scene(self.world, int(index) % self.count, self.size, self.split)
-        return {"image": example["image"], "caption": example["caption"]}
+        label = {}
+        if self.labels:
+            first = example["objects"][0]
+            said = first.colour if self.labels != "shape" else "", first.shape if self.labels != "colour" else ""
+            label["label"] = classes(self.world, self.labels).index(said)
+        return {"image": example["image"], "caption": example["caption"]} | label
+
+
+def classes(world: World, labels: str) -> tuple[tuple[str, str], ...]:
+    """The (colour, shape) that each class of a world's objects says, "" where it says nothing.
+
+    labels: "pair" (class colour * number of shapes + shape, of their places in the world), "colour" or "shape".
+    Raises ValueError for another one.
+    """
+    if labels not in LABELS[1:]:
+        raise ValueError(f"scenes: labels must be one of {', '.join(LABELS[1:])}, got {labels!r}")
+    colours = world.colours if labels != "shape" else ("",)
+    return tuple(itertools.product(colours, world.shapes if labels != "colour" else ("",)))
 
 
 def _pick(words: Sequence[Any], dice) -> Any:

@@ -43,7 +43,7 @@ def open_source(spec: str, *, size: int | None = None, split: str = "train", hol
     size: pixels; needed by `scenes` and `photos`, which draw at that size; the other sources keep their own.
     split: "train" or "heldout" for scenes and photos; a TFDS split; a sub-folder of `folder:DIR` named like a split.
     holdout: for data that come in one piece, the share (evenly spread) that is "heldout" and kept out of "train".
-    kwargs: scenes: count, world.  photos: count, seed, min_scale.  tfds: data_dir, keys.
+    kwargs: scenes: count, world, labels.  photos: count, seed, min_scale.  tfds: data_dir, keys.
     Raises ValueError for an unknown kind or keyword, DataError if there is nothing to read.
     """
     kind, _, where = spec.partition(":")

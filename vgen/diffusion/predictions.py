@@ -154,7 +154,8 @@ def denoiser(
 
     network: (x [b, ...], t [b], *cond) -> raw, of x's shape, or with twice its channels where `variance` is "learned"
     (the log-variance itself) or "learned_range" (its place between the fixed ones, -1 .. 1; Nichol & Dhariwal 2021);
-    that half is handed on as aux {"variance": ...}.  The result is also what `vgen.guidance.mix` takes.
+    that half is handed on as aux {"variance": ...}.  It may return (raw, aux), aux a dict that is handed on too.
+    The result is also what `vgen.guidance.mix` takes.
     kind: see `kind_of`.  time: (step) -> what the network is told instead of t: `lambda step: step.t * 1000 / T`.
     Arithmetic is in float32 at least, whatever the network computes in.
     """
@@ -166,7 +167,9 @@ def denoiser(
         given, t = kind.inputs(x, step)
         t = t if time is None else time(step)
         raw = network(given.astype(x.dtype), jnp.broadcast_to(jnp.asarray(t), x.shape[:1]), *cond)
+        raw, aux = raw if isinstance(raw, tuple) else (raw, {})
         raw, learned = split_variance(raw.astype(jnp.promote_types(raw.dtype, jnp.float32)), variance)
-        return Prediction(kind.to_x0(raw, x, step), None if learned is None else {"variance": learned})
+        aux = aux if learned is None else aux | {"variance": learned}
+        return Prediction(kind.to_x0(raw, x, step), aux or None)
 
     return denoise

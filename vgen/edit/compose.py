@@ -39,6 +39,11 @@ def chain(hooks: Sequence[Intervention]) -> Intervention:
 
 
 def _controls(controls: Sequence[AttentionControl]) -> AttentionControl:
+    names = [name for control in controls for name in control.keep or ()]
+    for name in names:
+        _only(f"control.keep[{name!r}]", [n for n in names if n == name])
+    keep = {name: part for control in controls for name, part in (control.keep or {}).items()}
+
     def joined(parts):
         def call(arrays, site, step):
             for part in parts:
@@ -47,7 +52,8 @@ def _controls(controls: Sequence[AttentionControl]) -> AttentionControl:
 
         return call if parts else None
 
-    return AttentionControl(*(joined([p for p in parts if p is not None]) for parts in zip(*controls)))
+    parts = zip(*((c.qkv, c.logits, c.probs) for c in controls))
+    return AttentionControl(*(joined([p for p in each if p is not None]) for each in parts), keep or None)
 
 
 def _only(name: str, values: list[Any]) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float
 
 from vgen.layers import attention_kernels as kernels
@@ -44,7 +45,7 @@ def attention(
     added to the logits.  scale: 1 / sqrt(d) by default.  causal: query i looks at keys 0..i.
     control: with any of its parts set the plain formula runs, and each part sees, and may replace, its arrays:
       qkv ((q, k, v)), logits ([b, h, n, m], scaled and biased, ahead of the mask), probs ([b, h, n, m], rows sum to one
-      or to zero).  `site` and `step` are handed to it.
+      or to zero).  `site` and `step` are handed to it.  Its `keep` is for the modules, see `keeping`.
     Logits and softmax are float32, or float64 for float64 inputs; the result has the dtype of v.
     A half-precision call without bias runs cuDNN's fused kernel on NVIDIA GPUs that have one; a large one runs in
     chunks on a CPU, and by a Pallas kernel on a TPU if neither bias nor mask differs between queries.
@@ -113,6 +114,36 @@ def _has_fused_kernel(q, k, v, mask, bias):
         return False
     even = mask is None or (q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0)
     return even and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+
+
+def keeping(module: nn.Module, control: AttentionControl | None) -> AttentionControl | None:
+    """The control of one module, in which `keep` is a part of `probs`: what it gives is sown in the collection "kept".
+
+    module: the one that calls `attention`; a collection that is not mutable takes nothing.
+    """
+    if control is None or not control.keep:
+        return control
+
+    def probs(array, site, step):
+        array = array if control.probs is None else control.probs(array, site, step)
+        for name, part in control.keep.items():
+            value = part(array, site, step)
+            if value is not None:
+                module.sow("kept", name, value)
+        return array
+
+    return control._replace(probs=probs, keep=None)
+
+
+def kept(collections: Mapping[str, Any]) -> dict[str, dict[str, tuple]]:
+    """{name: {path of the module: its arrays}} of the collections of `apply(..., mutable=["kept"])`.
+
+    Each array is what `AttentionControl.keep` gave, [b, ...], and [b, depth, ...] of layers in a scan.
+    """
+    found: dict[str, dict[str, tuple]] = {}
+    for (*path, name), arrays in flatten_dict(collections.get("kept", {})).items():
+        found.setdefault(name, {})["/".join(path)] = arrays
+    return found
 
 
 def multi_axis(q, k, v, grid: tuple[int, int], block: int, **kwargs) -> Float[Array, "b n h d"]:
@@ -199,7 +230,7 @@ class MultiHeadAttention(nn.Module):
         width = x.shape[-1]
         if self.head_dim is None and width % self.heads:
             raise ValueError(f"MultiHeadAttention: width {width} is not divisible by heads {self.heads}; set head_dim")
-        head_dim = self.head_dim or width // self.heads
+        head_dim, control = self.head_dim or width // self.heads, keeping(self, control)
         dense = dict(dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=self.kernel_init)
 
         def project(inputs, name):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from vgen.layers.attention import Site, attention
+from vgen.layers.attention import Site, attention, keeping
 from vgen.layers.linear import linear
 from vgen.layers.transformer import modulate
 
@@ -275,6 +275,6 @@ class SpatialAttention(nn.Module):
             linear(c, dtype=self.dtype, name=name)(h).reshape(b, height * width, self.heads, c // self.heads)
             for name in ("q", "k", "v")
         )  # [b, n, heads, head_dim]
-        h = attention(q, k, v, control=control, site=Site("self", "/".join(self.path)), step=step)
+        h = attention(q, k, v, control=keeping(self, control), site=Site("self", "/".join(self.path)), step=step)
         init = dict(kernel_init=nn.initializers.zeros) if self.zero else {}
         return x + linear(c, dtype=self.dtype, name="out", **init)(h.reshape(b, height, width, c))

@@ -280,7 +280,7 @@ def stack(
 
     scan = nn.scan(
         rematted(body, remat, prevent_cse=False),
-        {"params": 0, "intermediates": 0},
+        {"params": 0, "intermediates": 0, "kept": 1},
         split_rngs={"params": True, "dropout": True},
         length=depth,
         unroll=unroll,

@@ -1,19 +1,27 @@
-"""Measure a text-to-image system on the embedded world: prompts it has never seen, read back by the scene oracle."""
+"""Measure a system on the embedded world by the scene oracle: by prompts it has never seen, by class, or by steps."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from vgen.data.scenes import World, prompts
-from vgen.metrics.scenes import score
+import numpy as np
+
+from vgen.data.scene_oracle import read
+from vgen.data.scene_text import Claims, Thing
+from vgen.data.scenes import World, classes, prompts
+from vgen.metrics.scenes import score, score_claims
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneEval:
     """Called with a `vgen.stages.System`, gives {"protocol": ..., "scores": {stage: {metric: share}}}.
 
+    labels: "" for a system that takes captions, or what its classes are, as of `vgen.data.scenes.classes`: so many
+      prompts are then the numbers of the classes, over and over.
     world: a World's keyword arguments.  prompts, split, prompt_seed: how many captions of which split's scenes.
-    seed: of sampling.  guidance_off: also measure with guidance scale 0, as "<stage>_guidance_off".
+    seed: of sampling.  guidance_off: also measure without guidance, as "<stage>_guidance_off".
+    off: the scale that means none: 0 in Muse's form of guidance, 1 in that of diffusion.
+    scales: further scales to measure, as "<stage>_guidance_<scale>".
     Guidance, steps and temperatures are the config's defaults and are written into the protocol.
     """
 
@@ -23,17 +31,71 @@ class SceneEval:
     prompt_seed: int = 0
     seed: int = 0
     guidance_off: bool = True
+    off: float = 0.0
+    scales: tuple[float, ...] = ()
+    labels: str = ""
 
     def __call__(self, system) -> dict[str, Any]:
         world = World(**self.world)
-        texts = prompts(world, self.prompts, self.split, self.prompt_seed)
+        if self.labels:
+            kinds = classes(world, self.labels)
+            texts = [str(i % len(kinds)) for i in range(self.prompts)]
+            claims = [Claims((Thing(*kinds[int(text)]),)) for text in texts]
+            judged = lambda images: score_claims(images, claims, world)
+        else:
+            texts = prompts(world, self.prompts, self.split, self.prompt_seed)
+            judged = lambda images: score(images, texts, world)
         scores: dict[str, Mapping[str, float]] = {}
-        for suffix, knobs in (("", {}), ("_guidance_off", {"guidance_scale": 0.0}))[: 1 + self.guidance_off]:
+        runs = {"": {}} | ({"_guidance_off": {"guidance_scale": self.off}} if self.guidance_off else {})
+        runs |= {f"_guidance_{scale:g}": {"guidance_scale": scale} for scale in self.scales}
+        for suffix, knobs in runs.items():
             for stage, images in system(texts, seed=self.seed, **knobs).items():
-                scores[stage + suffix] = score(images, texts, world)
+                scores[stage + suffix] = judged(images)
         protocol = {
             "prompts": self.prompts, "split": self.split, "prompt_seed": self.prompt_seed, "seed": self.seed,
+            "labels": self.labels,
             "images_per_prompt": 1, "knobs": {name: dict(system.settings.knobs.get(name, {})) for name in system.names},
             "judge": "vgen.metrics.scenes.score",
         }  # fmt: skip
         return {"protocol": protocol, "scores": scores}
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneQuality:
+    """Called with a `vgen.stages.System` that is told nothing, gives {"protocol", "scores": {stage: {metric: share}}}.
+
+    scene: share of the pictures that the oracle reads as a scene of the world, with as many objects, all known, on a
+    known background.  pairs: share of the world's (colour, shape) pairs that are in some such picture.
+    world: a World's keyword arguments.  pictures: how many.  seed: of sampling.
+    steps: numbers of sampling steps to measure, as "<stage>_steps_<n>"; () is the config's alone, as "<stage>".
+    """
+
+    world: dict[str, Any]
+    pictures: int = 256
+    seed: int = 0
+    steps: tuple[int, ...] = ()
+
+    def __call__(self, system) -> dict[str, Any]:
+        world = World(**self.world)
+        scores: dict[str, Mapping[str, float]] = {}
+        for n in self.steps or (None,):
+            for stage, images in system([""] * self.pictures, seed=self.seed, steps=n).items():
+                scores[stage if n is None else f"{stage}_steps_{n}"] = self._score(images, world)
+        protocol = {
+            "pictures": self.pictures, "seed": self.seed, "judge": "vgen.data.scene_oracle.read",
+            "knobs": {name: dict(system.settings.knobs.get(name, {})) for name in system.names},
+            "task": {name: dict(changed) for name, changed in system.settings.task.items()},
+        }  # fmt: skip
+        return {"protocol": protocol, "scores": scores}
+
+    def _score(self, images, world: World) -> dict[str, float]:
+        readings = [read(np.asarray(image), world) for image in images]
+        known = [
+            reading for reading in readings
+            if reading.background and not reading.unknown
+            and world.min_objects <= len(reading.objects) <= world.max_objects
+            and all(o.shape in world.shapes for o in reading.objects)
+        ]  # fmt: skip
+        pairs = {(o.colour, o.shape) for reading in known for o in reading.objects}
+        possible = len(world.colours) * len(world.shapes)
+        return {"scene": len(known) / len(readings), "pairs": len(pairs) / possible}

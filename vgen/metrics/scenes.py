@@ -73,7 +73,15 @@ def score(
         raise ValueError(
             f"score needs as many images as captions and at least one, got {len(images)} and {len(captions)}"
         )
-    claims = [parse(caption, world.templates + TEMPLATES) for caption in captions]
+    return score_claims(images, [parse(caption, world.templates + TEMPLATES) for caption in captions], world)
+
+
+def score_claims(
+    images: Sequence[np.ndarray] | UInt8[np.ndarray, "n s s 3"] | Float[np.ndarray, "n s s 3"],
+    claims: Sequence[Claims],
+    world: World = FULL,
+) -> dict[str, float]:
+    """`score` of what captions claim; a Thing may leave its colour or its shape open ("")."""
     verdicts = [judge(read(np.asarray(image), world), claim) for image, claim in zip(images, claims, strict=True)]
     scores = {}
     for name in METRICS:

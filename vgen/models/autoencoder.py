@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
-from vgen.models.vqgan import TAMING, Decoder, Encoder
+from vgen.models.vqgan import TAMING, Decoder, Encoder, Layout, resolve_layout
 
 KL_F8 = dict(channels=128, multipliers=(1, 2, 4, 4), blocks=2, latent_channels=4)  # Stable Diffusion 1 and 2
 KL_F4 = dict(channels=128, multipliers=(1, 2, 4), blocks=2, latent_channels=3)
@@ -44,8 +44,8 @@ class Gaussian(NamedTuple):
 class AutoencoderKL(nn.Module):
     """Images [b, h, w, 3] in [-1, 1] to a Gaussian over latents [b, h / f, w / f, latent_channels], and back.
 
-    channels, multipliers, blocks, attention_levels, groups, remat: see `vgen.models.vqgan.VQGAN`; f = 2^(levels - 1).
-    mid_attention: attention at the lowest resolution, with one head.
+    channels, multipliers, blocks, attention_levels, groups, remat: see `vgen.models.vqgan.VQGAN`; f = patch 2^(levels - 1).
+    layout, patch: see `vgen.models.vqgan`; published are taming and 1.  mid_attention: attention at the lowest resolution, with one head.
     quant_conv, post_quant_conv: 1x1 convolutions behind the encoder and ahead of the decoder; SD3 and FLUX have none.
     scaling_factor, shift_factor, latents_mean, latents_std: of `normalize`, the last two one number per channel.
 
@@ -67,14 +67,18 @@ class AutoencoderKL(nn.Module):
     image_channels: int = 3
     groups: int = 32
     remat: bool = False
+    layout: str | Layout = TAMING
+    patch: int = 1
     dtype: Any = None
 
     def setup(self):
+        layout = dataclasses.replace(resolve_layout(self.layout), mid_attention=self.mid_attention)
         common = dict(
             channels=self.channels,
             multipliers=self.multipliers,
             attention_levels=self.attention_levels,
-            layout=dataclasses.replace(TAMING, mid_attention=self.mid_attention),
+            layout=layout,
+            patch=self.patch,
             image_channels=self.image_channels,
             groups=self.groups,
             remat=self.remat,
@@ -83,7 +87,7 @@ class AutoencoderKL(nn.Module):
         moments = 2 * self.latent_channels
         self.encoder = Encoder(blocks=self.blocks, latent_channels=moments, **common)
         self.decoder = Decoder(
-            blocks=self.blocks + TAMING.decoder_extra, latent_channels=self.latent_channels, **common
+            blocks=self.blocks + layout.decoder_extra, latent_channels=self.latent_channels, **common
         )
         if self.quant_conv:
             self.after = nn.Conv(moments, (1, 1), dtype=self.dtype, name="quant_conv")
@@ -93,7 +97,7 @@ class AutoencoderKL(nn.Module):
     @property
     def downsampling(self) -> int:
         """Pixels per latent along each axis."""
-        return 2 ** (len(self.multipliers) - 1)
+        return self.patch * 2 ** (len(self.multipliers) - 1)
 
     def moments(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d2"]:
         """Mean and log variance one behind the other along the channels, as the network gives them, not clipped."""

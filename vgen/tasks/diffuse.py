@@ -19,6 +19,7 @@ from vgen.diffusion import losses as objectives
 from vgen.diffusion import predictions, solvers, times
 from vgen.diffusion.schedules import Schedule
 from vgen.edit import compose, repaint, sdedit
+from vgen.layers import attention
 from vgen.models.autoencoder import AutoencoderKL
 from vgen.types import Batch, Context, Edit, Loss, Params
 
@@ -37,11 +38,13 @@ class Diffuse:
     classes: of the labels; the network has one class more, which stands for none, where `drop` is not 0.
     text_encoder: called as (tokens, mask) -> states, (states, mask) or {context, context_mask, pooled}; its parameters
       train along when `train_text`, else they are frozen.  empty, pad_id: ids of the empty text, and of the padding.
+    zero_empty: no text is zeros, in the place of what the encoder says of the empty text (SDXL's published sampling).
     micro: numbers that the network is told of a picture: "none", "size" (PixArt-alpha) or "crop" (SDXL).
     drop: share of the samples trained without their condition.
     weight: of the loss, arguments of `objectives.weight_of`.  draw: of the times, arguments of `times.sample_times`.
     bound: weight of a learned variance's variational bound, see `objectives.hybrid_loss`.  offset: of offset noise.
     solver, solver_knobs, grid_knobs, max_steps: see `solvers.solver`.
+    pure_start: sampling begins from sigma times the noise, without the alpha of the first row (k-diffusion's samplers).
     threshold: of x0 while sampling: "none", "clip" to [-1, 1], or "dynamic".  rescale: phi of `guidance.rescaled`.
     classifier: of noised pictures with logits over `classes`, frozen below `classifier`; for the knob classifier_scale.
 
@@ -62,6 +65,7 @@ class Diffuse:
     train_text: bool = False
     empty: tuple[int, ...] = (1,)
     pad_id: int = 0
+    zero_empty: bool = False
     micro: str = "none"
     drop: float = 0.1
     weight: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "simple"})
@@ -72,6 +76,7 @@ class Diffuse:
     solver_knobs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     grid_knobs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     max_steps: int = 100
+    pure_start: bool = False
     threshold: str = "none"
     rescale: float = 0.0
     classifier: nn.Module | None = None
@@ -125,7 +130,7 @@ class Diffuse:
             text = batch["text"][:1], batch["text_mask"][:1]
             params["text_encoder"] = self.text_encoder.init(keys[1], *text)["params"]
         if self.classifier is not None:
-            params["classifier"] = self.classifier.init(keys[2], image, t)["params"]
+            params["classifier"] = self.classifier.init(keys[2], jnp.zeros((1, *self.latent_shape())), t)["params"]
         one = {name: value[:1] for name, value in batch.items()}
         cond = self.condition(params, one, jnp.ones(1, bool))
         x = jnp.zeros((1, *self.latent_shape()))
@@ -150,7 +155,10 @@ class Diffuse:
             if not own:
                 tokens, mask = self._dropped(tokens, mask, keep)
             kwargs = dict(train=True, rngs={"dropout": key}) if train and self.train_text else {}
-            cond |= _named(self.text_encoder.apply({"params": params["text_encoder"]}, tokens, mask, **kwargs), mask)
+            said = _named(self.text_encoder.apply({"params": params["text_encoder"]}, tokens, mask, **kwargs), mask)
+            if self.zero_empty:
+                said |= {k: v * predictions.spread(keep, v) for k, v in said.items() if k in ("context", "pooled")}
+            cond |= said
             if own:
                 cond["keep_context"] = keep
         size = jnp.full((b, 2), float(self.size))
@@ -173,7 +181,10 @@ class Diffuse:
         return jnp.where(keep[:, None], tokens, empty), jnp.where(keep[:, None], mask, seen)
 
     def denoiser(self, params: Params, control=None):
-        """(x, step, condition) -> Prediction, the network as `guidance.mix` takes it."""
+        """(x, step, condition) -> Prediction, the network as `guidance.mix` takes it.
+
+        What the control keeps is in aux {"kept": ...}, see `attention.kept`.
+        """
 
         def network(x, t, cond, step):
             return self._network(params, x, t, cond, control=control, step=step)
@@ -190,7 +201,11 @@ class Diffuse:
         cond = dict(cond)
         extra = cond.pop("beside", None)
         x = x if extra is None else jnp.concatenate([x, extra.astype(x.dtype)], -1)
-        return self.network.apply({"params": params["network"]}, x, t, **cond, **kwargs)
+        params, control = {"params": params["network"]}, kwargs.get("control")
+        if control is None or not control.keep:
+            return self.network.apply(params, x, t, **cond, **kwargs)
+        raw, collections = self.network.apply(params, x, t, **cond, **kwargs, mutable=["kept"])
+        return raw, {"kept": attention.kept(collections)}
 
     # ------------------------------------------------------------------------------------------------------ latents
 
@@ -199,11 +214,26 @@ class Diffuse:
         x = image_ops.to_float(images)
         if x.shape[1] != self.size and x.shape[1] % self.size == 0 and x.shape[1] == x.shape[2]:
             x = image_ops.downsample(x, x.shape[1] // self.size)
+        return self._latents(params, x, key)
+
+    def _latents(self, params, x, key=None):
+        """The same of pictures in [-1, 1]."""
         if self.vae is None:
             return x
         posterior = self.vae.apply({"params": jax.lax.stop_gradient(params["vae"])}, x, method="encode")
         z = self.vae.normalize(posterior.mode() if key is None else posterior.sample(key))
         return z * params["latents"]["scale"] if self.scale_by_std else z
+
+    def beside(self, params: Params, image, mask):
+        """float [b, h, w, 1 + c], what networks made for inpainting see beside x: the mask, latents of what is kept.
+
+        image: uint8 [b, height, width, 3].  mask: bool [b, height, width], True where it is made anew; a place has the
+        mask of its first pixel.  It is the condition `beside` of Stable Diffusion's networks with nine channels.
+        """
+        mask = jnp.asarray(mask)
+        z = self._latents(params, jnp.where(mask[..., None], 0.0, image_ops.to_float(image)))
+        rows, columns = mask.shape[1] // z.shape[1], mask.shape[2] // z.shape[2]
+        return jnp.concatenate([mask[:, ::rows, ::columns, None].astype(z.dtype), z], -1)
 
     def decode(self, params: Params, x0):
         """Pictures [b, h, w, 3] in [-1, 1] of x0."""
@@ -220,8 +250,7 @@ class Diffuse:
         x0 = self.encode(params, batch["image"], latent_key)
         updates = {}
         if self.scale_by_std:
-            first = 1 / jnp.std(x0)  # of latents at scale 1
-            factor = jnp.where(ctx.step == 0, first / params["latents"]["scale"], 1.0)
+            factor = jnp.where(ctx.step == 0, 1 / jnp.std(x0), 1.0)
             x0, updates = x0 * factor, {"latents/scale": params["latents"]["scale"] * factor}
         b = x0.shape[0]
         t = times.sample_times(time_key, b, self.schedule, **self.draw)
@@ -251,7 +280,7 @@ class Diffuse:
     def sample(
         self, params: Params, key, conds: Mapping[str, Any], *, guidance_scale=3.0, steps=50, strength=0.6,
         classifier_scale=0.0, edit: Edit | None = None, shape: tuple[int, int] | None = None, start=None,
-        batch_size: int | None = None,
+        batch_size: int | None = None, states: bool = False,
     ) -> dict[str, Any]:  # fmt: skip
         """{"image_out": uint8 [b, h, w, 3], "latents": x0}; guidance_scale, steps, strength and classifier_scale may
         be traced.
@@ -261,9 +290,13 @@ class Diffuse:
         anew: with a mask by RePaint's replacement, without one by SDEdit, from `strength` of the way up.
         guidance_scale: s of uncond + s (cond - uncond); 1 is the condition alone.  steps: at most max_steps.
         edit: further Edit around the loop.  shape: pixels (height, width) of the pictures, `size` by default.
-        start: the noise to begin from.  batch_size: the number of pictures, where no condition tells it.
+        start: the noise to begin from, of variance 1.  batch_size: the number of pictures, where no condition tells it.
+        states: also return "states", what the hooks of the edits end with, for `edit.maps.average`.
         """
         b = len(next(iter(conds.values()))) if conds else batch_size or 1
+        if shape is not None:
+            told = jnp.broadcast_to(jnp.asarray(shape, float), (b, 2))
+            conds = {"original": told, "target": told, **conds}
         edits = [self._edit(params, conds, strength)] if "image" in conds else []
         edit = compose.compose(*edits, *([edit] if edit is not None else []))
         denoise = self._guided(params, conds, b, guidance_scale, edit.control)
@@ -280,11 +313,15 @@ class Diffuse:
         )
         start_key, key = jax.random.split(key)
         if start is None:
-            scale = jnp.hypot(grid.alpha[0], grid.sigma[0]) if self.schedule.length is None else 1.0
-            start = scale * jax.random.normal(start_key, (b, *self.latent_shape(shape)))
+            start = jax.random.normal(start_key, (b, *self.latent_shape(shape)))
+        if self.pure_start:
+            start = grid.sigma[0] * start
+        elif self.schedule.length is None:
+            start = jnp.hypot(grid.alpha[0], grid.sigma[0]) * start
         edit = dataclasses.replace(edit, times=None)
-        x0 = compose.run(edit, denoise, sampler, grid, key, start)
-        return {"image_out": image_ops.to_uint8(self.decode(params, x0)), "latents": x0}
+        x0, ended = compose.run(edit, denoise, sampler, grid, key, start, states=True)
+        out = {"image_out": image_ops.to_uint8(self.decode(params, x0)), "latents": x0}
+        return out | {"states": ended} if states else out
 
     def _guided(self, params, conds, b, scale, control):
         """The denoiser under classifier-free guidance: condition and its absence in one batched call."""

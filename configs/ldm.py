@@ -1,0 +1,159 @@
+"""Latent diffusion: a KL autoencoder, then a U-Net in its latents, told of the text by cross-attention.
+
+Paper
+  Rombach, Blattmann, Lorenz, Esser, Ommer, 2022, High-resolution image synthesis with latent diffusion models,
+  arXiv:2112.10752. Code and weights: CompVis/latent-diffusion.
+
+Parts
+  vae        AutoencoderKL (models/autoencoder.py), objective tasks/autoencode.py
+  unet       UNet (models/unet.py) and the text transformer that is trained along; tasks/diffuse.py
+
+Commands
+  python -m vgen.main --config=configs/ldm.py --workdir=runs/ldm
+  python -m vgen.main --config=configs/ldm.py --workdir=runs/ldm --mode=sample --prompt="a red circle"
+  (with --image=in.png: SDEdit, --image=in.png --mask=mask.png: replacement of what is known in every step)
+  python -m vgen.main --config=configs/ldm.py --workdir=runs/ldm --mode=eval
+  python -m vgen.main --config=configs/ldm.py:paper --workdir=DIR (your data: see `_paper`)
+
+Published numbers
+  Text to image, 1.45B parameters, LAION-400M, 390k steps of 680: COCO FID 23.31, with guidance 1.5 12.63 (250 steps).
+  ImageNet 256: FID 10.56, with guidance 1.5 3.60. KL autoencoder f8: rFID 0.90, 83,653,863 parameters.
+
+Measured numbers
+  None yet: no scale has been trained to its end.
+"""
+
+from ml_collections import ConfigDict
+
+from vgen import recipes
+
+SCALES = ("tiny", "mini", "small", "paper")
+
+PUBLISHED = dict(vae=83_653_863, coco=dict(fid=23.31, fid_guided=12.63), imagenet=dict(fid=10.56, fid_guided=3.60))
+
+
+def get_config(scale: str = "mini") -> ConfigDict:
+    """The config of one scale: tiny (tests), mini (two CPU cores, minutes), small (one accelerator), paper."""
+    makers = dict(tiny=_tiny, mini=_mini, small=_small, paper=_paper)
+    if scale not in makers:
+        raise ValueError(f"configs/ldm.py: scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    common = dict(name="ldm", scale=scale, seed=0, published=PUBLISHED, mesh=dict(data=-1, fsdp=1, tensor=1))
+    return ConfigDict(common | makers[scale]())
+
+
+# ------------------------------------------------------------------------------------------------------ small worlds
+
+
+def _world(
+    *, size, world, eval_count, vae, autoencoder, unet, diffuse, text, encoder, knobs, eval_prompts, prompts,
+    net, cached=0, scales=(),
+):  # fmt: skip
+    """Both stages on scenes of `size` pixels.
+
+    vae: arguments of AutoencoderKL.  autoencoder: of `recipes.autoencoder`.  net: of UNet.  diffuse: of Diffuse.
+    encoder: of TextTransformer.  unet: of `recipes.train`.  knobs: of sampling.  scales: of guidance, to be measured.
+    """
+    channels = vae["latent_channels"]
+    states = dict(target="vgen.models.text:TextTransformer", length=text["length"], vocab=text["vocab_size"], **encoder)
+    network = dict(
+        target="vgen.models.unet:UNet", in_channels=channels, out_channels=channels, context_dim=encoder["width"], **net
+    )
+    task = dict(network=network, size=size, text_encoder=states, train_text=True, **diffuse)
+    stages = recipes.diffusion(
+        "unet", task, world=world, eval_count=eval_count, settings=unet, vae=vae, autoencoding=autoencoder,
+        cached=cached,
+    )  # fmt: skip
+    return dict(
+        **stages,
+        text=recipes.bpe(**text),
+        generate=dict(stages=("unet",), batch_size=knobs.pop("batch_size"), knobs=dict(unet=knobs)),
+        eval=recipes.scene_eval(world, eval_prompts, off=1.0, scales=scales),
+        prompts=prompts,
+    )
+
+
+def _tiny():
+    return _world(
+        size=16, world=recipes.WORLD, eval_count=16,
+        vae=recipes.KL["tiny"], autoencoder=recipes.AUTOENCODING["tiny"],
+        net=dict(widths=(16, 16), attention=(0, 1), blocks=1, heads=2, groups=4),
+        diffuse=dict(schedule=recipes.schedule("scaled_linear"), max_steps=10),
+        text=dict(length=24, vocab_size=320), encoder=dict(depth=1, width=16, heads=2, mlp_dim=16),
+        unet=dict(steps=2, batch=8, lr=1e-3),
+        knobs=dict(batch_size=8, steps=3, guidance_scale=2.0, strength=0.6), eval_prompts=8,
+        prompts=recipes.PROMPTS[:2],
+    )  # fmt: skip
+
+
+def _mini():
+    return _world(
+        size=32, world=recipes.WORLD, cached=60_000, eval_count=512,
+        vae=recipes.KL["mini"], autoencoder=recipes.AUTOENCODING["mini"],
+        net=dict(widths=(64, 192), attention=(0, 1), blocks=1, heads=4, groups=8),
+        diffuse=dict(schedule=recipes.schedule("cosine"), prediction="v", max_steps=100),
+        text=dict(length=20, vocab_size=512), encoder=dict(depth=1, width=128, heads=4, mlp_dim=256),
+        unet=dict(steps=4500, batch=32, lr=2e-3, optim=dict(name="muon")),
+        knobs=dict(batch_size=64, steps=25, guidance_scale=2.0, strength=0.6), scales=(1.5, 3.0, 5.0),
+        eval_prompts=256, prompts=recipes.PROMPTS,
+    )  # fmt: skip
+
+
+def _small():
+    """One accelerator, minutes: the whole world of scenes at 128 pixels, 16 x 16 latents."""
+    return _world(
+        size=128, world={}, cached=200_000, eval_count=2048,
+        vae=recipes.KL["small"], autoencoder=recipes.AUTOENCODING["small"],
+        net=dict(widths=(192, 384, 384), attention=(1, 1, 1), blocks=2, heads=8, dtype="bfloat16"),
+        diffuse=dict(schedule=recipes.schedule("scaled_linear"), prediction="v", max_steps=250),
+        text=dict(length=64, vocab_size=512), encoder=dict(depth=4, width=512, heads=8, mlp_dim=2048, dtype="bfloat16"),
+        unet=dict(steps=60_000, batch=256, lr=2e-4),
+        knobs=dict(batch_size=64, steps=50, guidance_scale=3.0, strength=0.6), scales=(1.5, 2.0, 5.0),
+        eval_prompts=1024, prompts=recipes.PROMPTS,
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- as published
+
+
+def _paper():
+    """The published text-to-image model: KL-f8 at 256 px, a text transformer of 32 layers, a U-Net of 320 channels.
+
+    Point it at your data and weights:
+      --config.stages.STAGE.data.source=arrayrecord:GLOB (or webdataset:GLOB, tfds:NAME) for both stages,
+      --config.text.path=FOLDER (BERT's tokenizer there is a byte-level BPE here, trained on your captions),
+      --config.stages.vae.init.lpips.file=... (LPIPS' weights).
+    """
+    from vgen.models import autoencoder
+
+    model = dict(target="vgen.models.autoencoder:AutoencoderKL", dtype="bfloat16", remat=True, **autoencoder.KL_F8)
+    model |= dict(scaling_factor=1.0)
+    gan = recipes.discriminator(dtype="bfloat16", norm="group", groups=32)
+    data = dict(source="webdataset:SET_ME/*.tar", size=256, crop="center_crop", workers=16, prefetch=2)
+    adam = dict(lr=4.5e-6 * 96, b1=0.5, b2=0.9, warmup=0, kind="constant")  # 4.5e-6 a picture of the batch
+    vae = dict(
+        task=dict(target="vgen.tasks.autoencode:Autoencode", model=model, discriminator=gan, l1=1.0, perceptual=1.0,
+                  perceptual_kind="lpips", gan=0.5, gan_start=50_001, kl=1e-6),
+        data=dict(data, text=False), init=dict(lpips=dict(file="", reader="vgen.metrics.lpips:load_lpips")),
+        train=dict(steps=500_000, batch_size=96, optim=dict(gen=adam, disc=dict(adam)), checkpoint_every=5000,
+                   keep_every=50_000, log_every=100),
+        evaluate=dict(split="heldout", batches=32),
+    )  # fmt: skip
+    text = dict(target="vgen.models.text:TextTransformer", length=77, vocab=30_522, depth=32, width=1280, heads=8,
+                mlp_dim=5120, dtype="bfloat16")  # fmt: skip
+    network = dict(target="vgen.models.unet:UNet", widths=(320, 640, 1280, 1280), attention=(1, 1, 1, 0), heads=8,
+                   context_dim=1280, remat="full", dtype="bfloat16")  # fmt: skip
+    unet = dict(
+        task=dict(target="vgen.tasks.diffuse:Diffuse", network=network, size=256, vae=model, scale_by_std=True,
+                  text_encoder=text, train_text=True, schedule=recipes.schedule("scaled_linear"), max_steps=250),
+        data=dict(data), init=dict(vae=dict(stage="vae", without="discriminator|lpips")),
+        train=dict(steps=390_000, batch_size=680, optim=dict(main=dict(lr=1e-4, weight_decay=0.01, warmup=10_000)),
+                   ema_decay=0.9999, frozen_dtype="bfloat16", checkpoint_every=5000, keep_every=50_000, log_every=100),
+        evaluate=dict(split="heldout", batches=16),
+    )  # fmt: skip
+    return dict(
+        stages=dict(vae=vae, unet=unet), order=("vae", "unet"), mesh=dict(data=-1, fsdp=8, tensor=1),
+        text=recipes.bpe(length=77, vocab_size=30_522),
+        generate=dict(stages=("unet",), batch_size=16,
+                      knobs=dict(unet=dict(steps=250, guidance_scale=1.5, strength=0.6))),
+        prompts=recipes.PROMPTS,
+    )  # fmt: skip
