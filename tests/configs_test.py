@@ -14,6 +14,7 @@ from jax.extend import core
 from tests.conftest import quick_compilation
 from vgen import state as states
 from vgen import trees
+from vgen.convert import schedulers
 from vgen.convert.amused import UVIT
 from vgen.convert.clip import HF_TEXT_PROJECTION
 from vgen.convert.vqgan import DIFFUSERS_VQ
@@ -150,11 +151,12 @@ def test_no_group_has_a_gradient_in_another(path, tiny_runs):
 
 def sizes(run: Run, name: str) -> dict[str, int]:
     """{part: number of parameters} of a stage, from shapes alone; Muse's transformers are split into their parts."""
-    size, length = run.stage(name).data["size"], run.config.text["length"]
+    size, length = run.stage(name).data["size"], run.config.text.get("length", 1)
     batch = {
         "image": jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8),
         "text": jax.ShapeDtypeStruct((1, length), jnp.int32),
         "text_mask": jax.ShapeDtypeStruct((1, length), bool),
+        "label": jax.ShapeDtypeStruct((1,), jnp.int32),
     }
     counts = {}
     parts = r"transformer/[^/]*|[^/]*" if run.config.name == "muse" else r"[^/]*"
@@ -235,3 +237,50 @@ def test_one_setting_moves_every_path_to_the_weights():
         "text_encoder": "/data/amused-256/text_encoder",
     }
     assert config.text.path == "/data/amused-256/tokenizer"
+
+
+# ------------------------------------------------------------------------------------------------------- diffusion
+
+STABLE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False)
+# scheduler_config.json of the published pipelines, without what is the default of its class
+SCHEDULERS = {
+    "paper": dict(STABLE, _class_name="PNDMScheduler", skip_prk_steps=True, set_alpha_to_one=False),
+    "sd21": dict(STABLE, _class_name="DDIMScheduler", set_alpha_to_one=False, prediction_type="v_prediction"),
+    "sdxl": dict(STABLE, _class_name="EulerDiscreteScheduler", timestep_spacing="leading"),
+}
+
+
+@pytest.mark.parametrize(
+    "config, scale, stage",
+    [("ddpm", "paper", "unet"), ("dit", "paper", "dit"), ("dit", "imported", "dit")]
+    + [("stable_diffusion", "paper", "unet"), ("stable_diffusion", "sd21", "unet")],
+)
+def test_diffusion_systems_have_their_published_sizes(config, scale, stage):
+    run = run_of(ROOT / "configs" / f"{config}.py", scale)
+    counts, published = sizes(run, stage), run.config.published
+    if config == "stable_diffusion":
+        assert counts == published
+    else:
+        assert counts["network"] == published[stage]
+        assert counts.get("vae") == published.get("vae")
+
+
+@pytest.mark.parametrize("scale", SCHEDULERS)
+def test_stable_diffusion_samples_as_published(scale):
+    task = run_of(ROOT / "configs" / "stable_diffusion.py", scale).task("unet")
+    said = schedulers.settings(SCHEDULERS[scale])
+    times = np.arange(1000)
+    for ours, theirs in zip(task.schedule.level(times), said.pop("schedule").level(times)):
+        np.testing.assert_array_equal(ours, theirs)
+    assert {"spacing": "leading", **task.grid_knobs} == said.pop("grid_knobs")
+    assert {name: getattr(task, name) for name in said} == said
+
+
+def test_all_parts_of_imported_diffusion_come_from_one_folder():
+    for config, scale, stage in (("dit", "imported", "dit"), *(("stable_diffusion", s, "unet") for s in SCHEDULERS)):
+        made = runpy.run_path(str(ROOT / "configs" / f"{config}.py"))["get_config"](scale)
+        made.weights = "/data/x"
+        parts = made.stages[stage].init.to_dict()
+        assert {"network", "vae"} < set(parts) or config == "dit"
+        assert all(source["file"].startswith("/data/x/") for source in parts.values())
+        assert made.stages[stage].train.steps == 0

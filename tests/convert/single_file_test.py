@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import vgen
 from tests.convert import tables
 from vgen.config import UserError
 from vgen.convert import families, formats, single_file
@@ -59,6 +60,13 @@ def test_one_file(kind, tmp_path):
     formats.write_safetensors(tmp_path / "model.safetensors", arrays)
     prediction = "v_prediction" if kind == "sd2" else "epsilon"
     task, got = single_file.load(tmp_path / "model.safetensors", size=16, prediction=prediction)
+    if kind == "sd2":
+        with pytest.raises(UserError, match="made for 512 pixels .* or 768"):
+            vgen.load(tmp_path / "model.safetensors")
+    else:
+        plain, same = vgen.load(tmp_path / "model.safetensors")
+        assert plain == dataclasses.replace(task, size=512 if kind == "sd1" else 1024, schedule=plain.schedule)
+        assert jax.tree.all(jax.tree.map(np.array_equal, same, got))
     text = got["text_encoder"]
     text = [text["first"], text["second"]] if kind == "sdxl" else [text]
     jax.tree.map(np.testing.assert_array_equal, params, [got["network"], got["vae"], *text])

@@ -66,7 +66,8 @@ def load(
     """(model, params) of a published checkpoint, or of one in vgen's own form.
 
     where: a file, a folder, or "hf:owner/name@revision" (see `vgen.convert.sources.open_source`).  A diffusers pipeline
-      that `vgen.convert.pipelines` knows gives a `vgen.tasks.diffuse.Diffuse` and its parameters.
+      that `vgen.convert.pipelines` knows gives a `vgen.tasks.diffuse.Diffuse` and its parameters, and so does a single
+      file with the whole of Stable Diffusion 1 or XL, for pictures of the published size (see `single_file.load`).
     dtype: of floating-point parameters; None keeps each one's stored type.
     mesh, rules, min_shard_size: where parameters go (see `vgen.sharding.spec_for`); without a mesh, the first device.
     family: "vgen.convert.module:NAME", where the checkpoint does not tell.
@@ -79,6 +80,10 @@ def load(
     if not isinstance(source, dict):
         if parts is not None:
             raise UserError(f"{where}: parts={list(parts)}, but this is one network")
+        from vgen.convert import single_file  # it reads parts by this module
+
+        if family is None and (kind := single_file.kind_of(source)):
+            return single_file.load_plain(where, kind, **place)
         return load_source(source, family=family, **place)
     if family is not None:
         raise UserError(f"{where}: family={family!r}, but this is a pipeline of {', '.join(source)}")

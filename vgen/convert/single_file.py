@@ -10,7 +10,7 @@ from vgen.convert import load as loading
 from vgen.convert.family import Family
 from vgen.convert.pieces import Shapes, count
 from vgen.convert.rules import Table
-from vgen.convert.sources import open_source
+from vgen.convert.sources import Source, open_source
 from vgen.models.clip import TextTower
 from vgen.models.prompt import ClipPairPrompt, ClipPrompt
 from vgen.types import Params
@@ -96,6 +96,21 @@ _LAYOUTS: Mapping[str, tuple[str, dict[str, str]]] = {  # name -> (an array that
 }
 
 
+def kind_of(source: Source) -> str:
+    """Which whole model a file holds, "Stable Diffusion 1", "2" or "XL"; "" for anything else."""
+    return next((name for name, (mark, _) in _LAYOUTS.items() if mark in source.tensors), "")
+
+
+def load_plain(where: str | Path, kind: str, **place) -> tuple[Any, Params]:
+    """`load` with the published size of a kind.  Raises UserError for Stable Diffusion 2, which has two."""
+    if kind == "Stable Diffusion 2":
+        raise UserError(
+            f"{where} is {kind}, and does not tell if it was made for 512 pixels (predicts the noise) or 768 (v): call "
+            'vgen.convert.single_file.load(FILE, size=768, prediction="v_prediction"), or size=512'
+        )
+    return load(where, size=1024 if kind == "Stable Diffusion XL" else 512, **place)
+
+
 def load(
     where: str | Path, *, size: int, prediction: str = "epsilon", config: Mapping[str, Any] | None = None, **place
 ) -> tuple[Any, Params]:
@@ -108,13 +123,13 @@ def load(
     Raises UserError for another file, ConvertError as `vgen.load`.
     """
     source = open_source(where)
-    kinds = [name for name, (mark, _) in _LAYOUTS.items() if not isinstance(source, dict) and mark in source.tensors]
-    if not kinds:
+    kind = "" if isinstance(source, dict) else kind_of(source)
+    if not kind:
         raise UserError(f"{where}: is no whole model of {', '.join(_LAYOUTS)}: the text encoder of none is in it")
-    large = kinds[0] == "Stable Diffusion XL"
+    large = kind == "Stable Diffusion XL"
     settings = dict(scaling_factor=0.13025 if large else 0.18215) | dict(config or {})
     source = source._replace(config=settings)
-    nets = {name: loading.network(source, family) for name, family in (_LATENT | _LAYOUTS[kinds[0]][1]).items()}
+    nets = {name: loading.network(source, family) for name, family in (_LATENT | _LAYOUTS[kind][1]).items()}
     models = {name: net.model for name, net in nets.items()}
     scheduler = dict(_SCHEDULE, _class_name="DDIMScheduler", clip_sample=False, set_alpha_to_one=False)
     if large:
@@ -122,7 +137,7 @@ def load(
     fields = schedulers.settings(scheduler | dict(prediction_type=prediction))
     tower = models["first" if large else "text_encoder"]
     end = tower.vocab - 1
-    fields |= dict(empty=(end - 1, end), pad_id=0 if kinds[0] == "Stable Diffusion 2" else end)
+    fields |= dict(empty=(end - 1, end), pad_id=0 if kind == "Stable Diffusion 2" else end)
     if large:
         fields |= dict(text_encoder=ClipPairPrompt(tower, models["second"]), micro="crop", zero_empty=True)
     else:

@@ -1,0 +1,67 @@
+"""Evaluations of systems, on systems whose pictures are known."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vgen.data.scenes import World, classes, scene
+from vgen.metrics.scene_eval import SceneEval, SceneQuality
+
+WORLD = dict(
+    shapes=("circle", "square"), colours=("red", "blue"), textures=("solid",), sizes=("large",), max_objects=1,
+    heldout=(), backgrounds=("white", "grey"),
+)  # fmt: skip
+
+
+def drawn(kind):
+    """A scene whose object is of that class."""
+    world = World(**WORLD)
+    for i in range(1000):
+        example = scene(world, i, 32)
+        first = example["objects"][0]
+        if all(said in ("", word) for said, word in zip(kind, (first.colour, first.shape), strict=True)):
+            return example["image"]
+    raise AssertionError(f"no scene of {kind}")
+
+
+class Draws:
+    """A system that draws what `picture(prompt, knobs)` gives."""
+
+    names = ("net",)
+    settings = SimpleNamespace(knobs={"net": {"guidance_scale": 2.0}}, task={"net": {"solver": "ddim"}})
+
+    def __init__(self, picture):
+        self.picture = picture
+
+    def __call__(self, prompts, **knobs):
+        return {"net": np.stack([self.picture(prompt, knobs) for prompt in prompts])}
+
+
+@pytest.mark.parametrize("labels", ["pair", "colour", "shape"])
+def test_classes_are_read_back(labels):
+    kinds = classes(World(**WORLD), labels)
+    evaluation = SceneEval(WORLD, prompts=8, labels=labels, off=1.0)
+    good = evaluation(Draws(lambda prompt, knobs: drawn(kinds[int(prompt)])))
+    assert good["protocol"]["labels"] == labels and set(good["scores"]) == {"net", "net_guidance_off"}
+    stated = [name for name in ("colour", "shape") if labels in ("pair", name)]
+    assert all(good["scores"]["net"][name] == 1 for name in (*stated, "count", "scene_exact"))
+    assert all(np.isnan(good["scores"]["net"][name]) for name in {"colour", "shape"} - set(stated))
+    other = evaluation(Draws(lambda prompt, knobs: drawn(kinds[int(prompt) - len(kinds) // 2])))
+    assert other["scores"]["net"]["scene_exact"] == 0
+
+
+def test_scenes_are_told_from_noise_and_their_pairs_counted():
+    rng = np.random.default_rng(0)
+    noise = lambda: rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    world = World(**WORLD)
+    pictures = iter([drawn(("red", "circle")), noise(), drawn(("red", "circle")), noise()] * 2)
+    found = SceneQuality(WORLD, pictures=4, steps=(2, 5))(Draws(lambda prompt, knobs: next(pictures)))
+    assert set(found["scores"]) == {"net_steps_2", "net_steps_5"}
+    assert found["scores"]["net_steps_5"] == {"scene": 0.5, "pairs": 0.25}
+    assert found["protocol"]["task"] == {"net": {"solver": "ddim"}}
+    whole = SceneQuality(WORLD, pictures=40)
+    count = iter(range(40))
+    assert whole(Draws(lambda prompt, knobs: scene(world, next(count), 32)["image"]))["scores"] == {
+        "net": {"scene": 1.0, "pairs": 1.0}
+    }
