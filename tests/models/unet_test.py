@@ -11,6 +11,7 @@ import pytest
 from tests.convert import tables
 from tests.convert.tables import quick  # noqa: F401  a fixture
 from tests.golden import golden
+from vgen.bench.compile import equations
 from vgen.convert.unet_ddpm import DDPM
 from vgen.convert.unet_openai import ADM_CLASSIFIER, ADM_LEGACY, ADM_NEW_ORDER, LDM
 from vgen.models import unet, unet_classifier
@@ -157,17 +158,6 @@ def test_published_sizes_of_variants():
 def test_published_sizes_of_classifiers(name, wanted):
     model = NoisedClassifier(**getattr(unet_classifier, name))
     assert count(model) == wanted
-
-
-def equations(jaxpr):
-    """How many equations, those of inner programs included."""
-    total = len(jaxpr.eqns)
-    for equation in jaxpr.eqns:
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                total += equations(inner) if hasattr(inner, "eqns") else 0
-    return total
 
 
 def test_the_program_is_small():

@@ -35,7 +35,9 @@ LATENT = Diffuse(
 )  # fmt: skip
 PIXELS = Diffuse(
     UNet(in_channels=3, out_channels=6, num_classes=4, **SMALL), SCHEDULE, 8, classes=3, variance="learned_range",
-    classifier=NoisedClassifier(in_channels=3, image_size=8, widths=(8,), attention=(0,), blocks=1, head_dim=4, outputs=3, groups=4),
+    classifier=NoisedClassifier(
+        in_channels=3, image_size=8, widths=(8,), attention=(0,), blocks=1, head_dim=4, outputs=3, groups=4
+    ),
     threshold="clip", max_steps=6,
 )  # fmt: skip
 RNG = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The command line: python -m vgen.bench peers|bf16 [--only REGEX] [--runs N].
+"""The command line: python -m vgen.bench peers|bf16|compile [--only REGEX] [--runs N].
 
 Every mistake of the caller ends as one sentence on stderr and exit code 2.
 """
@@ -13,12 +13,14 @@ from vgen.config import UserError
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 after a mistake of the caller."""
     parser = argparse.ArgumentParser("vgen.bench", description="Suites that measure and print tables.")
-    suites = parser.add_subparsers(dest="suite", required=True, metavar="peers|bf16")
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="peers|bf16|compile")
     peers = suites.add_parser("peers", help="speed beside the PyTorch references, same weights, float32")
     peers.add_argument("--only", default="", help="regular expression of the cases' names")
     peers.add_argument("--runs", type=int, default=5, help="of each side; the fastest counts (default: %(default)s)")
     bf16 = suites.add_parser("bf16", help="errors of the computation in bfloat16 against float32")
     bf16.add_argument("--only", default="", help="regular expression of the networks' names")
+    size = suites.add_parser("compile", help="size of the published networks' programs, and seconds to compile them")
+    size.add_argument("--only", default="", help="regular expression of the networks' names")
     options = parser.parse_args(argv)
     try:
         for line in _lines(options):
@@ -34,6 +36,10 @@ def _lines(options) -> Iterator[str]:
         from vgen.bench import peers
 
         return peers.table(options.only, options.runs)
+    if options.suite == "compile":
+        from vgen.bench import compile as compiling
+
+        return compiling.table(options.only)
     from vgen.bench import bf16
 
     return bf16.table(options.only)

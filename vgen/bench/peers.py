@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from vgen.config import UserError
-from vgen.convert import families, formats, load
+from vgen.convert import dit, families, formats, load
 from vgen.convert.sources import Source
 
 Inputs = dict[str, np.ndarray]
@@ -51,6 +51,21 @@ def normal(name: str, *shape: int) -> Callable[[np.random.Generator], Inputs]:
     return lambda rng: {name: rng.standard_normal(shape, np.float32)}
 
 
+def noisy(rng: np.random.Generator, size: int) -> Inputs:
+    """Two latents of `size` places a side, and their times."""
+    return dict(x=rng.standard_normal((2, size, size, 4), np.float32), t=np.asarray([300, 700], np.int32))
+
+
+def latents(size: int, length: int, width: int, mask: bool = False) -> Callable[[np.random.Generator], Inputs]:
+    """Inputs of a denoiser of two latents that is told of a text."""
+
+    def inputs(rng):
+        seen = dict(context_mask=np.ones((2, length), bool)) if mask else {}
+        return noisy(rng, size) | dict(context=rng.standard_normal((2, length, width), np.float32)) | seen
+
+    return inputs
+
+
 def _torch(x: np.ndarray) -> Any:
     """A torch tensor, of a map [b, h, w, c] with channels first."""
     import torch
@@ -80,6 +95,13 @@ CASES = (
          lambda m, x: _last(m.vision_encoder(_torch(x["pixels"])).last_hidden_state)),
     Case("KL decoder, 512 px", 1.0, "vgen.convert.autoencoder:DIFFUSERS_KL", "diffusers:AutoencoderKL", KL,
          normal("z", 1, 64, 64, 4), "decode", lambda m, x: _last(m.decode(_torch(x["z"])).sample)),
+    *(Case(f"Stable Diffusion 1.5 U-Net, 2 x {n} x {n}", 1.2, "vgen.convert.unet_diffusers:TEXT",
+           "diffusers:UNet2DConditionModel", dict(cross_attention_dim=768), latents(n, 77, 768)) for n in (64, 32)),
+    Case("DiT-XL/2, 2 x 32 x 32", 1.5, "vgen.convert.dit:DIFFUSERS", "diffusers:DiTTransformer2DModel", {},
+         lambda rng: noisy(rng, 32) | dict(labels=rng.integers(0, 1000, 2).astype(np.int32)),
+         theirs=lambda m, x: dit.compare(dit.as_authors(m), x)["sample"]),
+    Case("PixArt-alpha, 2 x 32 x 32", 1.5, "vgen.convert.pixart:DIFFUSERS", "diffusers:PixArtTransformer2DModel",
+         dict(sample_size=32, use_additional_conditions=False), latents(32, 120, 4096, mask=True)),
     Case("T5-large encoder, 8 x 128 tokens", 1.5, "vgen.convert.t5:T5", "transformers:T5EncoderModel", T5_LARGE,
          texts(32_128, 8, 128)),
 )  # fmt: skip

@@ -44,8 +44,9 @@ class Gaussian(NamedTuple):
 class AutoencoderKL(nn.Module):
     """Images [b, h, w, 3] in [-1, 1] to a Gaussian over latents [b, h / f, w / f, latent_channels], and back.
 
-    channels, multipliers, blocks, attention_levels, groups, remat: see `vgen.models.vqgan.VQGAN`; f = patch 2^(levels - 1).
-    layout, patch: see `vgen.models.vqgan`; published are taming and 1.  mid_attention: attention at the lowest resolution, with one head.
+    channels, multipliers, blocks, attention_levels, groups, remat: see `vgen.models.vqgan.VQGAN`;
+      f = patch 2^(levels - 1).  layout, patch: see `vgen.models.vqgan`; published are taming and 1.
+    mid_attention: attention at the lowest resolution, with one head.
     quant_conv, post_quant_conv: 1x1 convolutions behind the encoder and ahead of the decoder; SD3 and FLUX have none.
     scaling_factor, shift_factor, latents_mean, latents_std: of `normalize`, the last two one number per channel.
 
