@@ -166,7 +166,7 @@ def _paper():
     optim = dict(main=dict(lr=1e-4, kind="constant", weight_decay=0.01))
     generator = dict(
         task=task,
-        data=recipes.scenes(256, {}),  # until there are pictures to train on, any will do
+        data=dict(source="scenes", size=256),  # until there are pictures to train on, any will do
         train=dict(steps=0, batch_size=8, optim=optim, checkpoint_every=500),
         init=recipes.imported(weights, transformer="transformer", tokenizer="vqvae", text_encoder="text_encoder"),
     )

@@ -244,6 +244,7 @@ def test_one_setting_moves_every_path_to_the_weights():
 STABLE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False)
 # scheduler_config.json of the published pipelines, without what is the default of its class
 SCHEDULERS = {
+    "imported": dict(_class_name="DPMSolverMultistepScheduler"),
     "paper": dict(STABLE, _class_name="PNDMScheduler", skip_prk_steps=True, set_alpha_to_one=False),
     "sd21": dict(STABLE, _class_name="DDIMScheduler", set_alpha_to_one=False, prediction_type="v_prediction"),
     "sdxl": dict(STABLE, _class_name="EulerDiscreteScheduler", timestep_spacing="leading"),
@@ -253,34 +254,39 @@ SCHEDULERS = {
 @pytest.mark.parametrize(
     "config, scale, stage",
     [("ddpm", "paper", "unet"), ("dit", "paper", "dit"), ("dit", "imported", "dit")]
-    + [("stable_diffusion", "paper", "unet"), ("stable_diffusion", "sd21", "unet")],
+    + [("stable_diffusion", scale, "unet") for scale in ("paper", "sd21", "sdxl")]
+    + [("pixart", "imported", "quality")],
 )
 def test_diffusion_systems_have_their_published_sizes(config, scale, stage):
     run = run_of(ROOT / "configs" / f"{config}.py", scale)
     counts, published = sizes(run, stage), run.config.published
-    if config == "stable_diffusion":
-        assert counts == published
+    if config in ("stable_diffusion", "pixart"):
+        assert counts == {part: published[part] for part in ("network", "text_encoder", "vae")}
     else:
         assert counts["network"] == published[stage]
         assert counts.get("vae") == published.get("vae")
 
 
 @pytest.mark.parametrize("scale", SCHEDULERS)
-def test_stable_diffusion_samples_as_published(scale):
-    task = run_of(ROOT / "configs" / "stable_diffusion.py", scale).task("unet")
+def test_imported_diffusion_samples_as_published(scale):
+    config, stage = ("pixart", "quality") if scale == "imported" else ("stable_diffusion", "unet")
+    task = run_of(ROOT / "configs" / f"{config}.py", scale).task(stage)
     said = schedulers.settings(SCHEDULERS[scale])
-    times = np.arange(1000)
-    for ours, theirs in zip(task.schedule.level(times), said.pop("schedule").level(times)):
+    for ours, theirs in zip(task.schedule.level(np.arange(1000)), said.pop("schedule").level(np.arange(1000))):
         np.testing.assert_array_equal(ours, theirs)
-    assert {"spacing": "leading", **task.grid_knobs} == said.pop("grid_knobs")
+    usual = dict(spacing="linspace" if scale == "imported" else "leading", offset=0)
+    assert usual | dict(task.grid_knobs) == said.pop("grid_knobs")
+    if scale == "imported":
+        assert said.pop("solver_knobs") == dict(solver="midpoint")
     assert {name: getattr(task, name) for name in said} == said
 
 
 def test_all_parts_of_imported_diffusion_come_from_one_folder():
-    for config, scale, stage in (("dit", "imported", "dit"), *(("stable_diffusion", s, "unet") for s in SCHEDULERS)):
+    systems = [("dit", "imported", "dit"), ("pixart", "imported", "quality")]
+    systems += [("stable_diffusion", scale, "unet") for scale in ("paper", "sd21", "sdxl")]
+    for config, scale, stage in systems:
         made = runpy.run_path(str(ROOT / "configs" / f"{config}.py"))["get_config"](scale)
         made.weights = "/data/x"
         parts = made.stages[stage].init.to_dict()
-        assert {"network", "vae"} < set(parts) or config == "dit"
+        assert {"network", "vae"} <= set(parts) and made.stages[stage].train.steps == 0
         assert all(source["file"].startswith("/data/x/") for source in parts.values())
-        assert made.stages[stage].train.steps == 0

@@ -44,7 +44,7 @@ def _flags(argv: list[str]) -> flags.FlagValues:
     text("workdir", None, "where checkpoints, logs and pictures go", flag_values=values)
     flags.DEFINE_enum("mode", "train", ["train", "sample", "eval"], "what to do", flag_values=values)
     text("stage", None, "only this stage (train); only up to this stage (sample)", flag_values=values)
-    flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "a prompt, or the number of a class; may be repeated", flag_values=values)
     text("prompts", None, "a file with one prompt per line", flag_values=values)
     text("negative_prompt", "", "what the picture should not show", flag_values=values)
     number("seed", 0, "seed of sampling", lower_bound=0, upper_bound=2**32 - 1, flag_values=values)

@@ -117,13 +117,6 @@ def _options(world: Mapping[str, Any], labels: str) -> dict[str, Any]:
     return dict(world=world) | (dict(labels=labels) if labels else {})
 
 
-def count_classes(world: Mapping[str, Any], labels: str) -> int:
-    """How many classes the scenes of a world have; arguments as of `scenes`."""
-    from vgen.data.scenes import World, classes
-
-    return len(classes(World(**world), labels))
-
-
 def train(
     steps: int,
     batch: int,

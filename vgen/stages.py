@@ -52,6 +52,7 @@ class InitConfig:
     part: the prefix there ("" = everything).  without: regex of top-level parts left out.
     reader: function of the file's path that returns parameters as they are named here; `vgen.convert.load:params` for
       published checkpoints.
+    through: function of those parameters that returns others, which need not be all below the prefix.
     """
 
     stage: str = ""
@@ -59,6 +60,7 @@ class InitConfig:
     without: str = ""
     file: str | None = None
     reader: str = "vgen.convert.sources:read_weights"
+    through: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +156,8 @@ class Run:
         init = call(InitConfig, source, where)
         if bool(init.stage) == (init.file is not None):
             raise ConfigError(f"{where}: needs either 'stage' or 'file', got {sorted(source)}")
+        if init.through:
+            resolve(init.through)
         if init.stage and init.stage not in self.config.order[: self.config.order.index(name)]:
             raise ConfigError(f"{where}.stage: {init.stage!r} is not a stage before {name!r}")
         return init
@@ -263,6 +267,8 @@ class Run:
             if not wanted:
                 raise UserError(f"config.stages.{name}.init: {prefix!r} matches no parameter of the task")
             flat, origin[prefix] = self._source(name, prefix, source)
+            if source.get("through"):
+                wanted = {path: leaf for path, leaf in wanted.items() if path in flat}
             trees.check_same(flat, wanted, f"stage {name}: init of {prefix!r} from {origin[prefix]}")
             values |= trees.add_prefix(flat, prefix)
         return values, origin
@@ -279,7 +285,10 @@ class Run:
             origin = {**source, "step": step}
         if init.without:
             flat = {path: leaf for path, leaf in flat.items() if not re.match(rf"({init.without})/", path)}
-        return trees.subtree(flat, init.part), origin
+        flat = trees.subtree(flat, init.part)
+        if init.through:
+            flat = trees.flatten(resolve(init.through)(trees.unflatten(flat)))
+        return flat, origin
 
     def check_sources(self, name: str) -> None:
         """ConfigError naming the parts of an imported stage that no `init` brings in; nothing is read yet."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tests.convert import tables
 from tests.convert.tables import quick  # noqa: F401  a fixture
@@ -15,8 +15,8 @@ from tests.golden import golden
 from tests.models.dit_test import exact_time, nchw  # noqa: F401  a fixture
 from vgen.convert.pixart import AUTHORS, DIFFUSERS
 from vgen.models import pixart
-from vgen.models.dit import DiTBlock
-from vgen.models.pixart import PixArt
+from vgen.models.dit import DiT, DiTBlock
+from vgen.models.pixart import PixArt, from_dit
 from vgen.types import AttentionControl
 
 TOL = 1e-9
@@ -223,3 +223,24 @@ def test_bad_input():
         init(net, aspect=jnp.ones(2))
     with pytest.raises(ValueError, match=r"null_tokens = 5 tokens, got \(2, 7, 10\)"):
         init(net.clone(null_tokens=5), keep_context=jnp.ones(2, bool))
+
+
+@pytest.mark.parametrize("t, same", [(500.0, True), (100.0, False)])
+def test_a_dit_becomes_a_pixart(x64, t, same):
+    """Equal without a class at the time of the re-parameterisation, and nowhere else."""
+    rng = np.random.default_rng(0)
+    sizes = dict(depth=3, width=24, heads=2, sample_size=4)
+    dit, net = DiT(num_classes=5, **sizes), PixArt(context_width=10, null_tokens=7, **sizes)
+    x, context = rng.standard_normal((2, 4, 4, 4)), rng.standard_normal((2, 7, 10))
+    times, labels = np.full(2, t), np.full(2, 5)
+    fresh = lambda net, **given: net.init(jax.random.key(0), x, times, **given)["params"]
+    random = lambda a: rng.standard_normal(a.shape) * 0.3
+    trained = jax.tree.map(random, fresh(dit, labels=labels))
+    old, new = (flatten_dict(p, sep="/") for p in (fresh(net, context=context), from_dit(trained)))
+    assert {path: a.shape for path, a in new.items()} == {path: old[path].shape for path in new}
+    left = {path.split("/")[1 if path.startswith("layers") else 0] for path in set(old) - set(new)}
+    assert left == {"caption", "null_context", "cross"}
+    params = unflatten_dict(old | new, sep="/")
+    want = dit.apply({"params": trained}, x, times, labels)
+    error = np.abs(net.apply({"params": params}, x, times, context=context) - want).max() / np.abs(want).max()
+    assert error < 1e-12 if same else error > 1e-3

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from vgen.layers.embed import sinusoids
 from vgen.layers.linear import linear
 from vgen.layers.transformer import MLP, Stacked, norm_layer
 from vgen.models.dit import NORMAL, DiTBlock, embed_numbers, embed_patches, shift_scale, unpatchify
-from vgen.types import AttentionControl, Step
+from vgen.types import AttentionControl, Params, Step
 
 ALPHA_256 = dict(sample_size=32, null_tokens=120)
 ALPHA_512 = dict(sample_size=64, null_tokens=120)
@@ -135,3 +136,27 @@ class PixArt(Stacked):
         if context.shape[1] != self.null_tokens:
             raise ValueError(f"PixArt: null_tokens = {self.null_tokens} tokens, got {context.shape} with keep_context")
         return jnp.where(keep[:, None, None], context, null)
+
+
+def from_dit(params: Params, t: float = 500.0) -> dict[str, Any]:
+    """The parameters of a PixArt that a trained DiT of the same sizes brings (re-parameterisation; section 2.3).
+
+    params: DiT's; t: the time at which each layer's modulation stays what it was without a class.  The shared one is
+    the mean of all layers'; tables hold the rest.  Without a class and at time t, with the cross-attention that is zero
+    at first, the two give the same.  Missing in the result: caption, null_context, the layers' cross.
+    """
+    time, layers, width = dict(params["time"]), dict(params["layers"]), params["classes"]["embedding"].shape[-1]
+    nothing = jnp.asarray(params["classes"]["embedding"])[-1]  # the class that stands for none
+    time["fc2"] = dict(time["fc2"], bias=time["fc2"]["bias"] + nothing)
+    embedded = MLP(width, "silu", out_dim=width).apply({"params": time}, sinusoids(jnp.full((1,), t), 256))[0]
+    told = jax.nn.silu(embedded)
+    each = layers.pop("mod")  # kernel [depth, width, 6 width], bias [depth, 6 width]
+    mod = {name: jnp.mean(jnp.asarray(value), axis=0) for name, value in each.items()}
+    rest = {name: value - mod[name] for name, value in each.items()}
+    layers["table"] = (jnp.einsum("w,dwk->dk", told, rest["kernel"]) + rest["bias"]).reshape(-1, 6, width)
+    out = params["out_mod"]
+    table = (told @ out["kernel"] + out["bias"]).reshape(2, width) - embedded
+    return {
+        "patches": params["patches"], "time": time, "mod": mod, "layers": layers, "out_table": table,
+        "out": params["out"],
+    }  # fmt: skip

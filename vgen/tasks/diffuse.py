@@ -104,12 +104,14 @@ class Diffuse:
 
     @property
     def groups(self) -> dict[str, str]:
-        network = r"network/(?!null_context).*"  # PixArt's stays as it was drawn
+        network = r"network/(?!null_context).*"
         return {"main": rf"{network}|text_encoder/.*" if self.train_text else network}
 
     @property
     def buffers(self) -> str:
-        return "latents/scale" if self.scale_by_std else ""
+        own = getattr(self.network, "null_tokens", 0)  # PixArt's null context stays as it was drawn
+        kept = {"latents/scale": self.scale_by_std, "network/null_context": own}
+        return "|".join(name for name, there in kept.items() if there)
 
     def latent_shape(self, shape: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """(height, width, channels) of x for pictures of `shape` pixels, of `size` by default."""
