@@ -23,6 +23,7 @@ def x64():
         yield
 
 
+@pytest.hookimpl(tryfirst=True)  # ahead of pytest-xdist, which reads the groups
 def pytest_collection_modifyitems(items):
     """With several processes (-n), each file stays in one, and so do all that look at the same small trained run."""
     for item in items:
