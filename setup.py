@@ -49,6 +49,7 @@ setup(
             "peft",
             "pytest>=8",
             "pytest-xdist>=3.5",
+            "filelock",
             "ruff",
             "sentencepiece",
             "tensorflow-datasets>=4.9.10",

@@ -9,9 +9,11 @@ from pathlib import Path
 # Before JAX is imported, and for the processes that tests start: programs that were compiled once are read back.
 CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="vgen-xla-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+SHARED = os.environ.setdefault("VGEN_TESTS_SHARED", tempfile.mkdtemp(prefix="vgen-runs-"))  # by all test processes
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,17 +23,6 @@ def x64():
     """float64 arithmetic for the length of one test."""
     with jax.enable_x64(True):
         yield
-
-
-@pytest.hookimpl(tryfirst=True)  # ahead of pytest-xdist, which reads the groups
-def pytest_collection_modifyitems(items):
-    """With several processes (-n), each file stays in one, and so do all that look at the same small trained run."""
-    for item in items:
-        group = item.nodeid.partition("::")[0]
-        if "tiny_runs" in getattr(item, "fixturenames", ()):
-            params = item.callspec.params if hasattr(item, "callspec") else {}
-            group = f"tiny {params['path'].stem if 'path' in params else 'muse'}"
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @contextlib.contextmanager
@@ -45,7 +36,7 @@ def quick_compilation():
 
 
 @pytest.fixture(scope="session")
-def tiny_runs(tmp_path_factory):
+def tiny_runs():
     """Give it a config's path for a `stages.Run` of scale tiny, trained for two steps a stage when first asked for.
 
     Muse goes through the command line, is drawn and measured; of the others the stages are trained and that is all.
@@ -56,7 +47,15 @@ def tiny_runs(tmp_path_factory):
     made = {}
 
     def train(path: Path) -> Run:
-        workdir, config = tmp_path_factory.mktemp(path.stem) / "run", runpy.run_path(str(path))["get_config"]("tiny")
+        """In a folder of all test processes: the first one trains, the others wait for it."""
+        workdir, config = Path(SHARED) / path.stem, runpy.run_path(str(path))["get_config"]("tiny")
+        done = workdir.with_suffix(".done")
+        with FileLock(workdir.with_suffix(".lock")):
+            run = Run(config, workdir) if done.exists() else trained(path, config, workdir)
+            done.touch()
+        return run
+
+    def trained(path: Path, config, workdir: Path) -> Run:
         with quick_compilation():
             if path.stem == "muse":
                 argv = [f"--config={path}:tiny", f"--workdir={workdir}", f"--compilation_cache={CACHE}"]
