@@ -25,7 +25,7 @@ class Case(NamedTuple):
       by `config`, the class's or its config class's arguments.
     inputs: numpy Generator -> keyword arguments of the module's method.  method: of the linen module.
     theirs: (torch module, inputs) -> numpy array in vgen's axis order; by default the one output of the family's
-      `compare`.  ours: what the method returned -> the array to compare.
+      `compare`.  ours: what the method returned -> the array to compare.  prepare: of the torch module, once.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Case(NamedTuple):
     method: str = "__call__"
     theirs: Callable[[Any, Inputs], np.ndarray] | None = None
     ours: Callable[[Any], Any] = lambda result: result
+    prepare: Callable[[Any], Any] = lambda module: module
 
 
 def texts(vocab: int, batch: int, length: int) -> Callable[[np.random.Generator], Inputs]:
@@ -78,6 +79,13 @@ def _last(first) -> np.ndarray:
     return first.numpy().transpose(0, 2, 3, 1)
 
 
+def _one_embedding(module: Any) -> Any:
+    """A DiTTransformer2DModel whose blocks share what embeds time and class, as the published weights do."""
+    for block in module.transformer_blocks:
+        block.norm1.emb = module.transformer_blocks[0].norm1.emb
+    return module
+
+
 VIT_L = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
 CLIP_L = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)
 T5_LARGE = dict(d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16, vocab_size=32_128)
@@ -99,9 +107,10 @@ CASES = (
            "diffusers:UNet2DConditionModel", dict(cross_attention_dim=768), latents(n, 77, 768)) for n in (64, 32)),
     Case("DiT-XL/2, 2 x 32 x 32", 1.5, "vgen.convert.dit:DIFFUSERS", "diffusers:DiTTransformer2DModel", {},
          lambda rng: noisy(rng, 32) | dict(labels=rng.integers(0, 1000, 2).astype(np.int32)),
-         theirs=lambda m, x: dit.compare(dit.as_authors(m), x)["sample"]),
+         prepare=lambda m: _one_embedding(dit.as_authors(m))),
     Case("PixArt-alpha, 2 x 32 x 32", 1.5, "vgen.convert.pixart:DIFFUSERS", "diffusers:PixArtTransformer2DModel",
-         dict(sample_size=32, use_additional_conditions=False), latents(32, 120, 4096, mask=True)),
+         dict(sample_size=32, caption_channels=4096, use_additional_conditions=False),
+         latents(32, 120, 4096, mask=True)),
     Case("T5-large encoder, 8 x 128 tokens", 1.5, "vgen.convert.t5:T5", "transformers:T5EncoderModel", T5_LARGE,
          texts(32_128, 8, 128)),
 )  # fmt: skip
@@ -173,6 +182,7 @@ def reference(case: Case) -> tuple[Any, Source]:
     torch.manual_seed(0)
     with torch.no_grad():
         module = (kind(kind.config_class(**case.config)) if package == "transformers" else kind(**case.config)).eval()
+        module = case.prepare(module)
     config = module.config.to_dict() if package == "transformers" else dict(module.config)
     arrays = {key: formats.held(value.detach().numpy()) for key, value in module.state_dict().items()}
     return module, Source(Path(case.name), arrays, config)
