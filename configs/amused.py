@@ -100,7 +100,7 @@ def _world(
 
 def _generate(*, batch_size, steps=12, guidance=10.0):
     knobs = dict(steps=steps, guidance_scale=guidance, temperature=1.0, choice_temperature=2.0)
-    return dict(stages=("generator",), batch_size=batch_size, knobs=dict(generator=knobs))
+    return recipes.generate("generator", batch_size=batch_size, **knobs)
 
 
 def _tiny():

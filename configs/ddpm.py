@@ -60,10 +60,8 @@ def _task(size, **net):
 
 def _generate(batch_size, steps=1000):
     """The ancestral sampler with beta as its variance; a solver is no matter of training, so it stands here."""
-    return dict(
-        stages=("unet",), batch_size=batch_size, knobs=dict(unet=dict(steps=steps, strength=0.5)),
-        task=dict(unet=dict(solver="ddpm", solver_knobs=dict(variance="fixed_large"))),
-    )  # fmt: skip
+    task = dict(unet=dict(solver="ddpm", solver_knobs=dict(variance="fixed_large")))
+    return recipes.generate("unet", batch_size=batch_size, steps=steps, strength=0.5) | dict(task=task)
 
 
 # ------------------------------------------------------------------------------------------------------ small worlds

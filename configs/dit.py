@@ -83,7 +83,7 @@ def _world(*, size, world, eval_count, net, dit, knobs, eval_pictures, vae=None,
     )  # fmt: skip
     return dict(
         **stages,
-        generate=dict(stages=("dit",), batch_size=knobs.pop("batch_size"), knobs=dict(dit=knobs)),
+        generate=recipes.generate("dit", **knobs),
         eval=recipes.scene_eval(world, eval_pictures, labels="pair", off=1.0, scales=scales),
         prompts=tuple(map(str, range(0, classes, classes // 8 + 1))),
     )
@@ -147,8 +147,7 @@ def _paper():
     )  # fmt: skip
     return dict(
         weights=weights, stages=dict(dit=trained), order=("dit",), mesh=dict(data=-1, fsdp=8, tensor=1),
-        generate=dict(stages=("dit",), batch_size=16,
-                      knobs=dict(dit=dict(steps=250, guidance_scale=1.5, strength=0.6))),
+        generate=recipes.generate("dit", batch_size=16, steps=250, guidance_scale=1.5, strength=0.6),
         prompts=("207", "360", "387", "974", "88", "979", "417", "279"),
     )  # fmt: skip
 

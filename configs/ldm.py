@@ -44,32 +44,10 @@ def get_config(scale: str = "mini") -> ConfigDict:
 # ------------------------------------------------------------------------------------------------------ small worlds
 
 
-def _world(
-    *, size, world, eval_count, vae, autoencoder, unet, diffuse, text, encoder, knobs, eval_prompts, prompts,
-    net, cached=0, scales=(),
-):  # fmt: skip
-    """Both stages on scenes of `size` pixels.
-
-    vae: arguments of AutoencoderKL.  autoencoder: of `recipes.autoencoder`.  net: of UNet.  diffuse: of Diffuse.
-    encoder: of TextTransformer.  unet: of `recipes.train`.  knobs: of sampling.  scales: of guidance, to be measured.
-    """
-    channels = vae["latent_channels"]
+def _world(*, text, encoder, diffuse, **kwargs):
+    """Both stages on scenes, by `recipes.text_unet`.  encoder: arguments of TextTransformer.  diffuse: of Diffuse."""
     states = dict(target="vgen.models.text:TextTransformer", length=text["length"], vocab=text["vocab_size"], **encoder)
-    network = dict(
-        target="vgen.models.unet:UNet", in_channels=channels, out_channels=channels, context_dim=encoder["width"], **net
-    )
-    task = dict(network=network, size=size, text_encoder=states, train_text=True, **diffuse)
-    stages = recipes.diffusion(
-        "unet", task, world=world, eval_count=eval_count, settings=unet, vae=vae, autoencoding=autoencoder,
-        cached=cached,
-    )  # fmt: skip
-    return dict(
-        **stages,
-        text=recipes.bpe(**text),
-        generate=dict(stages=("unet",), batch_size=knobs.pop("batch_size"), knobs=dict(unet=knobs)),
-        eval=recipes.scene_eval(world, eval_prompts, off=1.0, scales=scales),
-        prompts=prompts,
-    )
+    return recipes.text_unet(states, width=encoder["width"], text=text, **diffuse, **kwargs)
 
 
 def _tiny():
@@ -153,7 +131,6 @@ def _paper():
     return dict(
         stages=dict(vae=vae, unet=unet), order=("vae", "unet"), mesh=dict(data=-1, fsdp=8, tensor=1),
         text=recipes.bpe(length=77, vocab_size=30_522),
-        generate=dict(stages=("unet",), batch_size=16,
-                      knobs=dict(unet=dict(steps=250, guidance_scale=1.5, strength=0.6))),
+        generate=recipes.generate("unet", batch_size=16, steps=250, guidance_scale=1.5, strength=0.6),
         prompts=recipes.PROMPTS,
     )  # fmt: skip

@@ -69,8 +69,7 @@ def _from_dit(stage):
 
 
 def _generate(stage, batch_size, guidance, steps=20):
-    knobs = dict(steps=steps, guidance_scale=guidance, strength=0.6)
-    return dict(stages=(stage,), batch_size=batch_size, knobs={stage: knobs})
+    return recipes.generate(stage, batch_size=batch_size, steps=steps, guidance_scale=guidance, strength=0.6)
 
 
 # ------------------------------------------------------------------------------------------------------ small worlds

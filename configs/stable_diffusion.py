@@ -59,40 +59,15 @@ def get_config(scale: str = "mini") -> ConfigDict:
 # ------------------------------------------------------------------------------------------------------ small worlds
 
 
-def _world(
-    *, size, world, eval_count, net, tower, text, unet, knobs, eval_prompts, prompts, vae=None, autoencoder=None,
-    cached=0, scales=(), **diffuse,
-):  # fmt: skip
-    """The same parts on scenes of `size` pixels; in latents where a vae is given.
-
-    vae: arguments of AutoencoderKL.  autoencoder: of `recipes.autoencoder`.  net: of UNet.  tower: of TextTower.
-    text: length and vocab_size of the texts.  unet: of `recipes.train`.  knobs: of sampling.  scales: of guidance, to
-    be measured.  diffuse: other settings of Diffuse.
-    """
-    channels = vae["latent_channels"] if vae else 3
+def _world(*, text, tower, **kwargs):
+    """The same parts on scenes, by `recipes.text_unet`; in latents where a vae is given.  tower: of TextTower."""
     # Branches that start small: the words, of scale 0.02, would drown in those of full size.
     clip = dict(
         target="vgen.models.clip:TextTower", vocab=text["vocab_size"], length=text["length"], features=None, eos=1,
         layer_scale=0.05, **tower,
     )  # fmt: skip
-    network = dict(
-        target="vgen.models.unet:UNet", in_channels=channels, out_channels=channels, context_dim=tower["width"], **net
-    )
-    task = dict(
-        network=network, size=size, text_encoder=dict(target="vgen.models.prompt:ClipPrompt", tower=clip),
-        train_text=True, **_V1, **diffuse,
-    )  # fmt: skip
-    stages = recipes.diffusion(
-        "unet", task, world=world, eval_count=eval_count, settings=unet, vae=vae, autoencoding=autoencoder,
-        cached=cached,
-    )  # fmt: skip
-    return dict(
-        **stages,
-        text=recipes.bpe(**text),
-        generate=dict(stages=("unet",), batch_size=knobs.pop("batch_size"), knobs=dict(unet=knobs)),
-        eval=recipes.scene_eval(world, eval_prompts, off=1.0, scales=scales),
-        prompts=prompts,
-    )
+    encoder = dict(target="vgen.models.prompt:ClipPrompt", tower=clip)
+    return recipes.text_unet(encoder, width=tower["width"], text=text, **_V1, **kwargs)
 
 
 # What the scheduler of the published 1.5 says: PNDM on leading times from 1 on, which ends at the first one.
@@ -156,7 +131,7 @@ def _published(task, *, guidance, weights, **folders):
     return dict(
         weights=weights, stages=dict(unet=stage), order=("unet",),
         text=dict(kind="clip", length=77, path=weights + "/tokenizer"),
-        generate=dict(stages=("unet",), batch_size=1, knobs=dict(unet=knobs)),
+        generate=recipes.generate("unet", batch_size=1, **knobs),
         prompts=("a lighthouse on a cliff at sunset", "a bowl of oranges, oil painting"),
     )  # fmt: skip
 

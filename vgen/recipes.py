@@ -199,6 +199,54 @@ def diffusion(
     return dict(stages={"vae": first, name: stage}, order=("vae", name))
 
 
+def text_unet(
+    encoder: Mapping[str, Any],
+    net: Mapping[str, Any],
+    *,
+    size: int,
+    width: int,
+    world: Mapping[str, Any],
+    eval_count: int,
+    text: Mapping[str, int],
+    unet: Mapping[str, Any],
+    knobs: Mapping[str, Any],
+    eval_prompts: int,
+    prompts: tuple[str, ...],
+    vae: Mapping[str, Any] | None = None,
+    autoencoder: Mapping[str, Any] | None = None,
+    cached: int = 0,
+    scales: tuple[float, ...] = (),
+    **diffuse,
+) -> dict[str, Any]:
+    """A config of a U-Net told of a text by cross-attention, trained on scenes of `size` pixels with its encoder.
+
+    encoder: spec of the text encoder, whose states are `width` wide.  net: arguments of UNet.  text: of `bpe`.
+    world, eval_count, vae, autoencoder, cached: see `diffusion`.  unet: of `train`.  knobs: of `generate`.
+    eval_prompts, scales: of `scene_eval`.  diffuse: other settings of Diffuse.
+    """
+    channels = vae["latent_channels"] if vae else 3
+    network = dict(
+        target="vgen.models.unet:UNet", in_channels=channels, out_channels=channels, context_dim=width, **net
+    )
+    task = dict(network=network, size=size, text_encoder=encoder, train_text=True, **diffuse)
+    stages = diffusion(
+        "unet", task, world=world, eval_count=eval_count, settings=unet, vae=vae, autoencoding=autoencoder,
+        cached=cached,
+    )  # fmt: skip
+    return dict(
+        **stages,
+        text=bpe(**text),
+        generate=generate("unet", **knobs),
+        eval=scene_eval(world, eval_prompts, off=1.0, scales=scales),
+        prompts=prompts,
+    )
+
+
+def generate(stage: str, *, batch_size: int, **knobs) -> dict[str, Any]:
+    """A config's `generate` where one stage makes the pictures; knobs: the defaults of its `sample`."""
+    return dict(stages=(stage,), batch_size=batch_size, knobs={stage: knobs})
+
+
 def imported(weights: Any, **folders: str) -> dict[str, Any]:
     """A stage's `init`: {part of the task: folder below `weights`}, networks of a published pipeline.
 
