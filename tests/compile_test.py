@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import quick_compilation
 from tests.toy import Linear, settings, train
 from vgen.config import UserError
-from vgen.stages import System
+from vgen.system import System
 
 
 @contextlib.contextmanager

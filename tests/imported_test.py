@@ -11,7 +11,8 @@ import vgen
 from tests.conftest import quick_compilation
 from vgen import trees
 from vgen.config import UserError
-from vgen.stages import Run, System
+from vgen.stages import Run
+from vgen.system import System
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Parts that a part may not import, at the top of a file or inside a function.
-TOP = {"train", "main", "stages"}
+TOP = {"train", "main", "stages", "system"}
 FORBIDDEN = {
     "types": {"*"},
     "config": {"*"},
@@ -26,17 +26,20 @@ FORBIDDEN = {
     "tasks": TOP,
     "data": {"tasks", "models", "metrics", "tokens", "edit"} | TOP,
     "metrics": {"tasks"} | TOP,
-    "train": {"models", "tasks", "data", "metrics", "tokens", "diffusion", "edit", "stages", "main"},
+    "train": {"models", "tasks", "data", "metrics", "tokens", "diffusion", "edit", "stages", "system", "main"},
     "state": {"models", "tasks", "data"} | TOP,
     "recipes": {"*"},
     "checkpoint": {"models", "tasks", "data"} | TOP,
     "log": {"models", "tasks"} | TOP,
     "optim": {"models", "tasks", "data"} | TOP,
     "sharding": {"models", "tasks", "data"} | TOP,
-    "stages": {"models", "tasks", "main"},
+    "stages": {"models", "tasks", "main", "system"},
+    "system": {"models", "tasks", "main"},
     "main": {"models", "tasks"},
 }
 EXCEPT = {("trees", "config")}  # its errors are mistakes in configs
+# Whole systems: a pipeline's files become the task that samples it. `vgen.load` imports these where it needs them.
+SYSTEMS = {"convert/pipelines.py", "convert/schedulers.py", "convert/single_file.py"}
 HEAVY = (
     "torch", "tensorflow", "grain", "tensorflow_datasets", "transformers", "diffusers", "huggingface_hub", "matplotlib",
     "sklearn",
@@ -69,7 +72,10 @@ def test_imports_run_one_way():
     wrong = {}
     for path in sorted(ROOT.glob("vgen/**/*.py")):
         part = path.relative_to(ROOT / "vgen").with_suffix("").parts[0]
-        if bad := violations(part, path):
+        bad = violations(part, path)
+        if str(path.relative_to(ROOT / "vgen")) in SYSTEMS:
+            bad -= {"tasks", "diffusion", "data"}
+        if bad:
             wrong[str(path.relative_to(ROOT))] = sorted(bad)
     assert not wrong
 

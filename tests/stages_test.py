@@ -9,7 +9,8 @@ import pytest
 from tests.toy_config import get_config
 from vgen.config import ConfigError, UserError
 from vgen.main import main
-from vgen.stages import Run, System
+from vgen.stages import Run
+from vgen.system import System
 
 TOY = f"--config={Path(__file__).parent}/toy_config.py"
 PARTS = ("dense", "fixed", "seen")

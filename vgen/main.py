@@ -170,7 +170,7 @@ def _train(run, options) -> int:
         return 0
     system = None
     if run.config.generate:
-        from vgen.stages import System
+        from vgen.system import System
 
         system = System(run)
         _draw(run, options, system, list(run.config.prompts))
@@ -181,7 +181,7 @@ def _sample(run, options) -> int:
     import numpy as np
 
     from vgen.data import images
-    from vgen.stages import System
+    from vgen.system import System
 
     prompts = list(options.prompt)
     if options.prompts is not None:
@@ -244,7 +244,7 @@ def _draw(run, options, system, prompts, **edit) -> None:
 def _evaluate(run, system=None) -> int:
     """Measure the system as its config says; write that and the stages' own scores to eval.json; print the table."""
     from vgen.config import build
-    from vgen.stages import System
+    from vgen.system import System
 
     report = {"config": run.config.name, "scale": run.config.scale, "stages": {}}
     for name in run.config.order:

@@ -1,4 +1,4 @@
-"""Multi-stage systems: train the stages of a config in order, load what they learned, generate through all of them.
+"""Multi-stage systems: train the stages of a config in order, and load what they learned (`vgen.system` generates).
 
 A stage is a task, its data, its training settings, and `init`: where parameters that it does not train come from.
 """
@@ -7,19 +7,16 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from vgen import sharding, trees
 from vgen import state as states
 from vgen.checkpoint import Checkpoints
 from vgen.config import ConfigError, UserError, arguments, build, call, diff, resolve, to_dict, to_json
-from vgen.data import images
 from vgen.data.open import open_captions, open_pipeline
 from vgen.data.text import open_tokenizer
 from vgen.log import Log
@@ -390,121 +387,3 @@ def warn(sentence: str) -> None:
     import sys
 
     print(f"warning: {sentence}", file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------- generation
-
-
-class System:
-    """The generating stages of a trained run, compiled once: prompt, seed, guidance and steps are traced.
-
-    Results depend on (seed, place of the prompt in the list, generate.batch_size), not on devices.
-    """
-
-    def __init__(self, run: Run):
-        self.run = run
-        if not run.config.generate:
-            raise UserError(f"{run.config.name} does not generate pictures: its config has no `generate`")
-        self.settings = call(GenerateConfig, run.config.generate, "config.generate")
-        self.names, self.batch_size = list(self.settings.stages), self.settings.batch_size
-        self.params = {name: trees.unflatten(run.weights(name)[0]) for name in self.names}
-        self.tasks = {name: run.sampler(name) for name in self.names}
-        self._functions = {name: jax.jit(task.sample) for name, task in self.tasks.items()}
-        self.text = run.text_tokenizer()
-        self.size = max(getattr(task, "size", 0) for task in self.tasks.values())
-        self.classes = max(getattr(task, "classes", 0) for task in self.tasks.values())
-
-    def knobs(self, name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """A stage's sampling settings with the given ones (None = unset) on top; one that it has not is left out."""
-        known = dict(self.settings.knobs.get(name, {}))
-        dtypes = {key: jnp.int32 if isinstance(value, int) else jnp.float32 for key, value in known.items()}
-        known |= {key: value for key, value in overrides.items() if key in known and value is not None}
-        most = getattr(self.tasks[name], "max_steps", None)
-        if not 1 <= known.get("steps", 1) <= (most or known.get("steps", 1)):
-            raise UserError(f"steps of stage {name}: expected 1 to {most}, got {known['steps']}")
-        return {key: jnp.asarray(value, dtypes[key]) for key, value in known.items()}
-
-    def _check_overrides(self, overrides: Mapping[str, Any]) -> None:
-        known = {knob for name in self.names for knob in self.settings.knobs.get(name, {})}
-        unknown = sorted(key for key, value in overrides.items() if value is not None and key not in known)
-        if unknown:
-            raise UserError(
-                f"no stage has the knob {unknown[0]!r}; config.generate.knobs has {', '.join(sorted(known))}"
-            )
-
-    def _edited(self, image: np.ndarray | None, mask: np.ndarray | None) -> dict[str, Any]:
-        """Image and mask as conditions: their central square at the size of the largest stage, one per row."""
-        conds = {}
-        if image is not None:
-            conds["image"] = images.resize(image, self.size)
-        if mask is not None:
-            white = np.repeat(np.uint8(255) * np.asarray(mask, np.uint8)[..., None], 3, -1)
-            conds["mask"] = images.resize(white, self.size)[..., 0] > 16  # a pixel is new when any part of it is
-        return {name: self._spread(np.broadcast_to(x, (self.batch_size, *x.shape))) for name, x in conds.items()}
-
-    def _told(self, prompts: Sequence[str], negative: str) -> dict[str, Any]:
-        """The conditions of all prompts, and one negative prompt for each: texts, or in a system without text labels.
-
-        Where there are no classes either, labels of 0, which nothing reads.
-        """
-        if self.text is not None:
-            names = ("text", "text_mask")
-            told = dict(zip(names, self.text(list(prompts))))
-            if negative:
-                told |= dict(zip(("negative", "negative_mask"), self.text([negative] * len(prompts))))
-            return told
-        if negative:
-            raise UserError(f"negative prompt {negative!r}: {self.run.config.name} has no text")
-        if not self.classes:
-            return {"label": np.zeros(len(prompts), np.int32)}
-        for prompt in prompts:
-            if not (re.fullmatch(r"\s*[0-9]+\s*", str(prompt)) and int(prompt) < self.classes):
-                raise UserError(
-                    f"prompt {prompt!r}: {self.run.config.name} takes the number of a class, 0 to {self.classes - 1}"
-                )
-        return {"label": np.array([int(prompt) for prompt in prompts], np.int32)}
-
-    def _spread(self, x: np.ndarray) -> jax.Array:
-        """A batch on the devices, split over them where it divides."""
-        mesh = self.run.mesh
-        even = self.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
-        return jax.device_put(x, sharding.batch_sharding(mesh) if even else sharding.replicated(mesh))
-
-    def __call__(
-        self,
-        prompts: Sequence[str],
-        *,
-        seed: int = 0,
-        negative: str = "",
-        image: np.ndarray | None = None,
-        mask: np.ndarray | None = None,
-        stages: Sequence[str] | None = None,
-        **overrides,
-    ) -> dict[str, np.ndarray]:
-        """{stage: uint8 images [n, h, w, 3]}, one image per prompt, for every generating stage.
-
-        prompts: texts; numbers of classes, such as "3", where the system has classes and no text; without either
-        whatever there is one of for each picture.
-        image: uint8 [h, w, 3] to edit, of which the central square is taken; mask: bool [h, w], True where it is to be
-        made anew (None with an image: edit without a mask).  stages: only the first few.
-        overrides: guidance_scale, steps, ... (`generate.knobs`); steps may be one number for the first stage or
-        {stage: number}.
-        Raises UserError for a knob that no stage has, for more steps than a stage can take, and for a prompt that is no
-        class.
-        """
-        self._check_overrides(overrides)
-        edited, told = self._edited(image, mask), self._told(prompts, negative)
-        results = {name: [] for name in (stages or self.names)}
-        with jax.set_mesh(self.run.mesh):
-            for start in range(0, len(prompts), self.batch_size):
-                rows = np.arange(start, start + self.batch_size).clip(max=len(prompts) - 1)  # the last one fills up
-                conds: dict[str, Any] = {name: self._spread(x[rows]) for name, x in told.items()} | edited
-                key = jax.random.fold_in(jax.random.key(seed), start // self.batch_size)
-                for i, name in enumerate(results):
-                    chosen = dict(overrides)
-                    steps = chosen.pop("steps", None)
-                    chosen["steps"] = steps.get(name) if isinstance(steps, Mapping) else (steps if i == 0 else None)
-                    knobs = self.knobs(name, chosen)
-                    conds |= self._functions[name](self.params[name], jax.random.fold_in(key, i), conds, **knobs)
-                    results[name].append(np.asarray(conds["image_out"])[: len(prompts) - start])
-        return {name: np.concatenate(pictures) for name, pictures in results.items()}

@@ -18,7 +18,8 @@ from vgen.data import text
 from vgen.models.clip import TextTower
 from vgen.models.uvit import UVit, micro_conditions
 from vgen.models.vqgan import VQGAN
-from vgen.stages import Run, System
+from vgen.stages import Run
+from vgen.system import System
 from vgen.tasks.amused import Amused
 from vgen.types import Context
 

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vgen.config import UserError, resolve
+from vgen.config import UserError
 from vgen.convert import export as exporting
 from vgen.convert import formats, hub, schedulers
 from vgen.convert import load as loading
 from vgen.convert.rules import ConvertError
 from vgen.convert.sources import Pipeline, weight_files
+from vgen.data.text import T5, Clip
 from vgen.models.autoencoder import AutoencoderKL
 from vgen.models.clip import TextTower
 from vgen.models.dit import DiT
@@ -23,6 +24,7 @@ from vgen.models.pixart import PixArt
 from vgen.models.prompt import ClipPairPrompt, ClipPrompt
 from vgen.models.t5 import T5Encoder
 from vgen.models.unet import UNet
+from vgen.tasks.diffuse import Diffuse
 from vgen.types import Params
 
 
@@ -126,7 +128,7 @@ def _task(source: Pipeline, kind: Kind, nets: Mapping[str, Any], fields: dict[st
         raise ConvertError(f"sample_size of the network must be one number, got {side!r}")
     fields |= dict(network=network, vae=vae, size=side * (vae.downsampling if vae is not None else 1))
     fields |= _condition(source, kind, models)
-    return resolve("vgen.tasks.diffuse:Diffuse")(**fields)
+    return Diffuse(**fields)
 
 
 def _condition(source: Pipeline, kind: Kind, models: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +162,7 @@ def _ids(folder: Path) -> tuple[int, int, int]:
     """(start, end, padding) of a CLIP tokenizer's folder; without one, those of CLIP."""
     if not folder.is_dir():
         return _START, _END, 0 if folder.name == "tokenizer_2" else _END
-    tokenizer = resolve("vgen.data.text:Clip").load(folder)
+    tokenizer = Clip.load(folder)
     return tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id
 
 
@@ -235,10 +237,10 @@ def prompts(where: str | Path, length: int | None = None) -> Prompts:
         known = ", ".join(name for name, kind in PIPELINES.items() if kind.text)
         raise UserError(f"{where}: a {name} has no prompts; pipelines that have are {known}")
     if kind.text == "t5":
-        return Prompts(resolve("vgen.data.text:T5").load(folder / "tokenizer"), length or kind.length, True)
-    tokenizer = resolve("vgen.data.text:Clip").load(folder / "tokenizer")
+        return Prompts(T5.load(folder / "tokenizer"), length or kind.length, True)
+    tokenizer = Clip.load(folder / "tokenizer")
     if kind.text == "clip_pair" and (folder / "tokenizer_2").is_dir():
-        second = resolve("vgen.data.text:Clip").load(folder / "tokenizer_2")
+        second = Clip.load(folder / "tokenizer_2")
         probe = "A photo of 2 cats; the quick-brown fox"
         same = [t.encode([probe], 77)[0][t.encode([probe], 77)[1]].tolist() for t in (tokenizer, second)]
         if same[0] != same[1]:

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vgen.config import resolve
 from vgen.convert.rules import ConvertError
+from vgen.diffusion import schedules
 
 # What every class has, and its usual defaults.
 _COMMON = dict(
@@ -215,7 +215,7 @@ def _settings(kind: Scheduler, config: Mapping[str, Any]) -> dict[str, Any]:
         made |= dict(variance=variance) if variance.startswith("learned") else {}
     clipped = config.get("clip_sample") or config.get("thresholding")
     return made | dict(
-        schedule=resolve("vgen.diffusion.schedules:discrete")(_betas(kind, config)),
+        schedule=schedules.discrete(_betas(kind, config)),
         prediction=_KINDS[config["prediction_type"]],
         solver=solver,
         solver_knobs=knobs,
@@ -232,9 +232,9 @@ def _betas(kind: Scheduler, config: Mapping[str, Any]) -> np.ndarray:
     else:
         name = _TABLES[config["beta_schedule"]]
         ends = () if name == "cosine" else (config["beta_start"], config["beta_end"])
-        betas = resolve("vgen.diffusion.schedules:betas")(name, config["num_train_timesteps"], *ends)
+        betas = schedules.betas(name, config["num_train_timesteps"], *ends)
     if config.get("rescale_betas_zero_snr"):
-        betas = resolve("vgen.diffusion.schedules:zero_terminal_snr")(betas, kind.floor)
+        betas = schedules.zero_terminal_snr(betas, kind.floor)
     return betas
 
 
@@ -301,7 +301,7 @@ def _named_betas(schedule: Any) -> dict[str, Any]:
     start, end = (float(f"{value:.9g}") for value in (betas[0], betas[-1]))
     for theirs, ours in _TABLES.items():
         ends = () if ours == "cosine" else (start, end)
-        table = resolve("vgen.diffusion.schedules:betas")(ours, schedule.length, *ends)
+        table = schedules.betas(ours, schedule.length, *ends)
         if np.allclose(table, betas, rtol=1e-7, atol=0):
             return dict(beta_schedule=theirs) | (dict(beta_start=start, beta_end=end) if ends else {})
     return dict(trained_betas=betas.tolist())

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vgen.config import UserError, resolve
+from vgen.config import UserError
 from vgen.convert import clip, schedulers, vqgan
 from vgen.convert import load as loading
 from vgen.convert.family import Family
@@ -13,6 +13,7 @@ from vgen.convert.rules import Table
 from vgen.convert.sources import Source, open_source
 from vgen.models.clip import TextTower
 from vgen.models.prompt import ClipPairPrompt, ClipPrompt
+from vgen.tasks.diffuse import Diffuse
 from vgen.types import Params
 
 _OTHERS = (
@@ -142,7 +143,7 @@ def load(
         fields |= dict(text_encoder=ClipPairPrompt(tower, models["second"]), micro="crop", zero_empty=True)
     else:
         fields |= dict(text_encoder=ClipPrompt(tower))
-    task = resolve("vgen.tasks.diffuse:Diffuse")(network=models["network"], vae=models["vae"], size=size, **fields)
+    task = Diffuse(network=models["network"], vae=models["vae"], size=size, **fields)
     params = {name: loading.read(net, **place) for name, net in nets.items()}
     if large:
         params["text_encoder"] = {name: params.pop(name) for name in ("first", "second")}

@@ -14,7 +14,7 @@ from vgen.metrics.scenes import score, score_claims
 
 @dataclasses.dataclass(frozen=True)
 class SceneEval:
-    """Called with a `vgen.stages.System`, gives {"protocol": ..., "scores": {stage: {metric: share}}}.
+    """Called with a `vgen.system.System`, gives {"protocol": ..., "scores": {stage: {metric: share}}}.
 
     labels: "" for a system that takes captions, or what its classes are, as of `vgen.data.scenes.classes`: so many
       prompts are then the numbers of the classes, over and over.
@@ -62,7 +62,7 @@ class SceneEval:
 
 @dataclasses.dataclass(frozen=True)
 class SceneQuality:
-    """Called with a `vgen.stages.System` that is told nothing, gives {"protocol", "scores": {stage: {metric: share}}}.
+    """Called with a `vgen.system.System` that is told nothing, gives {"protocol", "scores": {stage: {metric: share}}}.
 
     scene: share of the pictures that the oracle reads as a scene of the world, with as many objects, all known, on a
     known background.  pairs: share of the world's (colour, shape) pairs that are in some such picture.
