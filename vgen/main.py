@@ -242,7 +242,10 @@ def _draw(run, options, system, prompts, **edit) -> None:
 
 
 def _evaluate(run, system=None) -> int:
-    """Measure the system as its config says; write that and the stages' own scores to eval.json; print the table."""
+    """Measure the system as its config says; write that and the stages' own scores to eval.json; print the table.
+
+    A config that measures what another one trained writes to eval_<its name>.json.
+    """
     from vgen.config import build
     from vgen.system import System
 
@@ -254,8 +257,9 @@ def _evaluate(run, system=None) -> int:
     if run.config.eval and run.config.generate:
         evaluation = build(run.config.eval, "config.eval")
         report |= evaluation(system or System(run))
-    path = run.workdir / "eval.json"
-    temporary = path.with_name("eval.json.tmp")
+    name = run.config.name
+    path = run.workdir / ("eval.json" if name == run.trainer else f"eval_{name}.json")
+    temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(report, indent=1))
     temporary.replace(path)
     for name, value in _rows(report):

@@ -4,8 +4,12 @@ Plain functions that return the dicts a config is made of (see `vgen.stages.RunC
 embedded world.  Nothing here is read by the program itself: it sees what a config makes of it.
 """
 
+import importlib.util
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+from ml_collections import ConfigDict
 
 # Of tiny and, on a lattice of eighths, of mini: one or two large objects, four shapes, six colours, plain, on two
 # backgrounds.
@@ -70,6 +74,23 @@ AUTOENCODING = dict(
                discriminator=dict(target="vgen.models.discriminator:NLayerDiscriminator", channels=64, layers=2,
                                   norm="group")),
 )  # fmt: skip
+
+
+def study(path: str, base: str, scale: str, /, **changed) -> ConfigDict:
+    """The config `base` beside the config file `path`, at that scale, with other top-level fields: for methods that are
+    tried on what it trains.
+
+    changed: fields of `vgen.stages.RunConfig`; where `stages`, `order`, `text` and `seed` stay, a workdir of that
+    system can be measured as it is.
+    """
+    spec = importlib.util.spec_from_file_location(f"_vgen_config_{base}", Path(path).with_name(f"{base}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(scale)
+    with config.ignore_type():
+        for field, value in changed.items():
+            config[field] = ConfigDict(value) if isinstance(value, Mapping) else value
+    return config
 
 
 def vqgan(**sizes) -> dict[str, Any]:

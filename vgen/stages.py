@@ -22,7 +22,8 @@ from vgen.data.text import open_tokenizer
 from vgen.log import Log
 from vgen.train import Hook, TrainConfig, build_optimizers, fit, place_frozen
 
-RECORDED = ("name", "scale", "seed", "stages", "order", "text")  # a workdir belongs to one value of these
+# A workdir belongs to one value of these; the name is kept beside them: a study measures the weights of another system.
+RECORDED = ("scale", "seed", "stages", "order", "text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +106,16 @@ class Run:
     """A config bound to a workdir and a mesh: builds tasks, opens data, finds weights.
 
     config: a ConfigDict or dict with the fields of RunConfig.  workdir: the run's folder.
+    trainer: name of the config that the workdir was made by, known once it is claimed or checked.
     Raises ConfigError for a mistake in any stage, before any work is done.
     """
 
     def __init__(self, config, workdir: str | Path, devices=None):
         config = to_dict(config)
         self.config: RunConfig = call(RunConfig, config, "config")
-        self.recorded = {name: config.get(name) for name in RECORDED}
+        self.recorded = {name: config.get(name) for name in ("name", *RECORDED)}
         self.workdir = Path(workdir)
+        self.trainer = self.config.name
         self.mesh = call(sharding.make_mesh, self.config.mesh | dict(devices=devices), "config.mesh")
         self.stages = {name: self._stage_config(name) for name in self.config.order}
         self._tasks, self._layouts, self._text = {}, {}, None
@@ -210,9 +213,11 @@ class Run:
     def _check_recorded(self, path: Path) -> None:
         try:
             old = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            self.trainer = old.pop("name")
+        except (OSError, ValueError, KeyError) as error:
             raise UserError(f"cannot read {path} ({error}): use a new --workdir") from None
-        lines = diff(old, json.loads(to_json(self.recorded)))
+        new = json.loads(to_json(self.recorded))
+        lines = diff(old, {name: new[name] for name in RECORDED})
         if lines:
             more = f"\n  (and {len(lines) - 12} more)" if len(lines) > 12 else ""
             raise UserError(

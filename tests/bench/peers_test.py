@@ -1,5 +1,6 @@
 """The table of speeds: it measures the same network on both sides, and says so when it does not."""
 
+import numpy as np
 import pytest
 
 from vgen.bench import peers
@@ -18,6 +19,27 @@ def test_the_table(monkeypatch, capsys):
     head, row = capsys.readouterr().out.splitlines()
     assert head.split() == ["case", "vgen", "s", "torch", "s", "ratio", "goal", "error"]
     assert row.startswith("tiny T5 ") and row.split()[-2] == "1.5" and float(row.split()[-1]) < 1e-5
+
+
+def _forward(module, inputs):
+    import torch
+
+    return module(torch.from_numpy(inputs["tokens"])).last_hidden_state
+
+
+def test_a_step_of_training():
+    """Loss and norm of the gradients agree, step after step: so the same weights are moved by the same optimiser."""
+    pytest.importorskip("transformers")
+    case = TINY._replace(forward=_forward)
+    assert peers.measure(case, 1).error < 1e-5
+    module, source = peers.reference(case)
+    model, params = peers.load.load_source(source, family=case.family)
+    ours, theirs = peers._steps(case, module, model, params, case.inputs(np.random.default_rng(0)))
+    told = np.array([(ours(), theirs()) for _ in range(4)])
+    np.testing.assert_allclose(told[:, 0], told[:, 1], rtol=1e-4)
+    assert told[0, 0, 0] != told[3, 0, 0]
+    with pytest.raises(UserError, match="differ by"):
+        peers.measure(case._replace(forward=lambda module, inputs: 2 * _forward(module, inputs)), 1)
 
 
 def test_what_is_not_the_same_network_is_not_measured(monkeypatch):
