@@ -73,6 +73,10 @@ def test_training_samples_and_measures(trained, capsys):
     for extra, same in (([], True), (["--seed=5"], False), (["--steps=9"], False)):
         assert main([*argv, f"--out={out}", *extra]) == 0
         assert np.array_equal(first, np.asarray(Image.open(out / "second_0000.png"))) == same
+    capsys.readouterr()
+    assert main([*argv, f"--out={out}", "--prompt=" + "a red circle " * 40]) == 0
+    told = capsys.readouterr().err
+    assert told.startswith("vgen: a prompt is longer than") and told.count("\n") == 1 and "red circle" in told
     assert main(["vgen", TOY, f"--workdir={trained}", "--mode=eval", "--compilation_cache="]) == 0
     assert "stages.first.seen" in capsys.readouterr().out
     assert (

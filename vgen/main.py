@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 from absl import flags
@@ -228,10 +229,13 @@ def _draw(run, options, system, prompts, **edit) -> None:
         raise UserError(f"cannot write to --out={out}: {error.strerror or error}") from None
     stages = system.names[: system.names.index(options.stage) + 1] if options.stage else None
     repeated = [prompt for prompt in prompts for _ in range(options.num_images)]
-    results = system(
-        repeated, seed=options.seed, negative=options.negative_prompt, stages=stages,
-        guidance_scale=options.guidance_scale, steps=options.steps, **edit,
-    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as told:
+        results = system(
+            repeated, seed=options.seed, negative=options.negative_prompt, stages=stages,
+            guidance_scale=options.guidance_scale, steps=options.steps, **edit,
+        )  # fmt: skip
+    for message in dict.fromkeys(str(warning.message) for warning in told):
+        print(f"vgen: {message}", file=sys.stderr, flush=True)
     for stage, pictures in results.items():
         for i, picture in enumerate(pictures):
             images.save_png(out / f"{stage}_{i:04d}.png", picture)

@@ -68,9 +68,9 @@ class System:
         """
         if self.text is not None:
             names = ("text", "text_mask")
-            told = dict(zip(names, self.text(list(prompts))))
+            told = dict(zip(names, self.text.prompts(list(prompts))))
             if negative:
-                told |= dict(zip(("negative", "negative_mask"), self.text([negative] * len(prompts))))
+                told |= dict(zip(("negative", "negative_mask"), self.text.prompts([negative] * len(prompts))))
             return told
         if negative:
             raise UserError(f"negative prompt {negative!r}: {self.run.config.name} has no text")

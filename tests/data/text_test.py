@@ -12,7 +12,7 @@ import tokenizers
 
 from vgen.data import spiece
 from vgen.data.images import DataError
-from vgen.data.text import BPE, T5, Clip, Tokenizer, open_tokenizer
+from vgen.data.text import BPE, T5, Clip, Texts, Tokenizer, open_tokenizer
 
 CORPUS = [f"a {size} {colour} {shape} left of the blue star" for size in ("small", "big") for colour in ("red", "green")
           for shape in ("circle", "square")] * 4  # fmt: skip
@@ -263,3 +263,14 @@ def test_t5_refuses_damaged_files(spiece_folder, tmp_path):
 def test_t5_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="tokenizer.json or spiece.model"):
         T5.load(tmp_path)
+
+
+def test_a_prompt_that_is_too_long_says_what_is_cut_off():
+    texts = Texts(BPE.train(["a red circle left of a blue star"] * 4, 300), 12)
+    prompt = "a red circle left of a blue star on the moon"
+    with pytest.warns(UserWarning, match="longer than 12 tokens, its end is cut off: '") as found:
+        ids, mask = texts.prompts([prompt, "a red circle"])
+    (one,) = found
+    end = str(one.message).rpartition(": '")[2][:-1]
+    assert end.endswith("the moon") and texts.tokenizer.decode(ids)[0] + end == prompt
+    np.testing.assert_array_equal(ids, texts([prompt, "a red circle"])[0])

@@ -5,7 +5,6 @@ The converter knows networks and nothing they are for: the task, its schedule an
 
 import json
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from vgen.convert import formats, hub, schedulers
 from vgen.convert import load as loading
 from vgen.convert.rules import ConvertError
 from vgen.convert.sources import Pipeline, weight_files
-from vgen.data.text import T5, Clip
+from vgen.data.text import T5, Clip, Texts
 from vgen.models.autoencoder import AutoencoderKL
 from vgen.models.clip import TextTower
 from vgen.models.dit import DiT
@@ -206,22 +205,7 @@ class Prompts(NamedTuple):
     def _encode(self, texts: Sequence[str]):
         # QUIRK: the pipelines of PixArt do this to every caption (diffusers, _text_preprocessing; tested)
         texts = [text.lower().strip() for text in texts] if self.lower else texts
-        for text in texts:
-            if cut := self._cut(text):
-                warnings.warn(
-                    f"a prompt is longer than {self.length} tokens, its end is cut off: {cut!r}", stacklevel=4
-                )
-        return self.tokenizer.encode(texts, self.length)
-
-    def _cut(self, text: str) -> str:
-        """What does not fit of a text."""
-        length = self.length
-        ids, mask = self.tokenizer.encode([text], length)
-        while mask.all():  # as long as it may be longer
-            length *= 2
-            ids, mask = self.tokenizer.encode([text], length)
-        count = int(mask.sum())
-        return self.tokenizer.decode(ids[:, self.length - 1 : count - 1])[0] if count > self.length else ""
+        return Texts(self.tokenizer, self.length).prompts(texts)
 
 
 def prompts(where: str | Path, length: int | None = None) -> Prompts:

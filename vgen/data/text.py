@@ -7,6 +7,7 @@ keeps the end token, what is left of the row is padding, and the mask covers eve
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -308,3 +309,22 @@ class Texts:
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         return self.tokenizer.encode(texts, self.length)
+
+    def prompts(self, texts: Sequence[str]) -> Tokens:
+        """The same of what a user asks for: a UserWarning says what is cut off a text that is too long."""
+        for text in texts:
+            if cut := self._cut(text):
+                warnings.warn(
+                    f"a prompt is longer than {self.length} tokens, its end is cut off: {cut!r}", stacklevel=4
+                )
+        return self(texts)
+
+    def _cut(self, text: str) -> str:
+        """What does not fit of a text."""
+        length = self.length
+        ids, mask = self.tokenizer.encode([text], length)
+        while mask.all():  # as long as it may be longer
+            length *= 2
+            ids, mask = self.tokenizer.encode([text], length)
+        count = int(mask.sum())
+        return self.tokenizer.decode(ids[:, self.length - 1 : count - 1])[0] if count > self.length else ""
