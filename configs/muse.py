@@ -67,10 +67,12 @@ def get_config(scale: str = "mini") -> ConfigDict:
 
 def _world(
     *, size, world, cached, eval_count, tokenizer, decoder, discriminator, autoencode, base, superres, text, steps,
-    batch, lr, adversarial_start,
-    generate, max_steps, eval_prompts, prompts,
+    batch, lr, adversarial_start, generate, max_steps, eval_prompts, prompts, optim=None,
 ):  # fmt: skip
-    """All four stages on scenes, with one tokenizer for both resolutions; `size` is that of super-resolution."""
+    """All four stages on scenes, with one tokenizer for both resolutions; `size` is that of super-resolution.
+
+    optim: of both transformers.
+    """
     low = size // 2
     vqgan = recipes.vqgan(**tokenizer)
     large = vqgan | decoder
@@ -107,11 +109,12 @@ def _world(
         base=dict(
             task=tokens(dict(target="vgen.models.muse:BaseTransformer", vocab=codes, grid=grids["low"], **base),
                         size=low, train_text=True),
-            data=small_data, evaluate=held_out, train=recipes.train(**settings("base")), init=dict(tokenizer=whole),
+            data=small_data, evaluate=held_out, train=recipes.train(**settings("base"), optim=optim),
+            init=dict(tokenizer=whole),
         ),
         superres=dict(
             task=tokens(superres, size=size, low_size=low),
-            data=data, evaluate=held_out, train=recipes.train(**settings("superres")),
+            data=data, evaluate=held_out, train=recipes.train(**settings("superres"), optim=optim),
             init=dict(tokenizer=whole, text_encoder=dict(stage="base", part="text_encoder")),
         ),
     )  # fmt: skip
@@ -154,12 +157,12 @@ def _mini():
         size=64, world=recipes.LATTICE, cached=40_000, eval_count=512,
         tokenizer=recipes.TOKENIZERS["mini"], decoder={}, discriminator=dict(channels=16, layers=2, norm="group"),
         autoencode=recipes.TOKENIZER_LOSSES["mini"], adversarial_start=False,
-        base=dict(depth=4, width=128, heads=4, mlp_dim=512, unroll=4),
-        superres=dict(depth=3, low_depth=1, width=128, heads=4, mlp_dim=512, unroll=3),
+        base=dict(depth=4, width=128, heads=4, mlp_dim=512, unroll=4, relative=True, by_codes=True),
+        superres=dict(depth=3, low_depth=1, width=128, heads=4, mlp_dim=512, unroll=3, relative=True, by_codes=True),
         text=dict(length=20, vocab_size=512, net=dict(depth=1, width=128, heads=4, mlp_dim=256)),
-        steps=dict(tokenizer=2500, decoder=150, base=2400, superres=650),
+        steps=dict(tokenizer=2500, decoder=150, base=4000, superres=800),
         batch=dict(tokenizer=16, decoder=16, base=32, superres=8),
-        lr=dict(tokenizer=3e-3, decoder=5e-4, base=1.5e-3, superres=1.5e-3),
+        lr=dict(tokenizer=3e-3, decoder=5e-4, base=2e-3, superres=2e-3), optim=dict(name="muon"),
         generate=_generate(batch_size=64, guidance=(1.0, 1.0)), max_steps=128, eval_prompts=256, prompts=PROMPTS,
     )  # fmt: skip
 

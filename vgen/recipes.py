@@ -37,11 +37,15 @@ PROMPTS = (
 EASY = dict(target="vgen.models.vqgan:Layout", bias=True, stem_bias=True, shortcut="input", downsample="average",
             out_kernel=1, mid_blocks=1, mid_attention=False, decoder_extra=0)  # fmt: skip
 
+# Every latent is made from its own 4 x 4 pixels alone: as fast as a linear layer, and the same in unseen pictures.
+LOCAL = dict(target="vgen.models.vqgan:Layout", local=True, mid_blocks=1, mid_attention=False, decoder_extra=0,
+             out_kernel=1)  # fmt: skip
+
 # Arguments of VQGAN by scale: 4, 4 and 8 pixels per token.
 TOKENIZERS = dict(
     tiny=dict(channels=8, multipliers=(1, 2, 2), blocks=1, latent_channels=8, num_codes=32, groups=4, ema=True),
-    mini=dict(channels=32, multipliers=(1, 2), patch=2, blocks=1, latent_channels=64, num_codes=512, groups=4,
-              ema=True, layout=EASY),
+    mini=dict(channels=64, multipliers=(1,), patch=4, blocks=1, latent_channels=64, num_codes=512, groups=4, ema=True,
+              layout=LOCAL),
     small=dict(channels=64, multipliers=(1, 2, 2, 4), blocks=2, latent_channels=64, num_codes=2048, groups=32,
                ema=True),
 )  # fmt: skip
@@ -52,10 +56,6 @@ TOKENIZER_LOSSES = dict(
     mini=dict(l1=1.0, l2=1.0, perceptual=0.0, gan=0.05, revive_below=0.05, continuous_steps=800, downsampled=0.75),
     small=dict(l1=1.0, l2=1.0, perceptual=0.2, gan=0.1, revive_below=0.05),
 )
-
-# Every latent is made from its own 4 x 4 pixels alone: as fast as a linear layer, and the same in unseen pictures.
-LOCAL = dict(target="vgen.models.vqgan:Layout", local=True, mid_blocks=1, mid_attention=False, decoder_extra=0,
-             out_kernel=1)  # fmt: skip
 
 # Arguments of AutoencoderKL by scale: 4, 4 and 8 pixels per latent.
 KL = dict(

@@ -123,3 +123,49 @@ def test_text_transformer_ignores_padding():
     np.testing.assert_allclose(run(tokens)[:, :4], run(tokens.at[0, 5].set(0))[:, :4], atol=1e-5)
     assert jnp.abs(run(tokens)[:, 0] - run(tokens.at[0, 3].set(0))[:, 0]).max() > 1e-4
     assert (jax.eval_shape(net.apply, params, tokens)[1]).shape == (1, 6)
+
+
+@pytest.mark.parametrize("kind", ["base", "super"])
+def test_by_codes_a_token_is_its_code(kind, inputs):
+    """Tokens that trade codes trade places, in what goes in and in the logits; no gradient reaches the codes."""
+    tower = dict(vocab=K, grid=(4, 4), depth=1, width=8, heads=2, mlp_dim=12, by_codes=True)
+    codes = np.random.default_rng(1).standard_normal((K, 3))
+    given, named = [inputs[name] for name in ("tokens", "text", "mask")], dict(codes=codes)
+    net = muse.BaseTransformer(**tower)
+    if kind == "super":
+        net = muse.SuperResTransformer(**tower, low_vocab=K, low_grid=(2, 2), low_depth=1)
+        given, named = [given[0], inputs["low"], *given[1:]], named | dict(low_codes=codes)
+    with jax.enable_x64(True):
+        named = {name: jnp.asarray(value) for name, value in named.items()}
+        shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), *given, **named))
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(lambda a: rng.standard_normal(a.shape), shapes)
+        run = jax.jit(lambda given, named: net.apply(params, *given, **named))
+        logits = run(given, named)
+        trade = np.arange(K + 1)
+        trade[[2, 5]] = 5, 2
+        given[: 2 if kind == "super" else 1] = [
+            jnp.asarray(trade[np.asarray(a)], jnp.int32) for a in given[: 2 if kind == "super" else 1]
+        ]
+        traded = run(given, {name: jnp.asarray(codes[trade[:K]]) for name in named})
+        np.testing.assert_allclose(np.asarray(traded)[..., trade[:K]], logits, rtol=1e-10)
+        assert np.abs(run(given, named) - traded).max() > 1e-3
+        gradient = jax.jit(jax.grad(lambda named: run(given, named)[..., 0].sum()))(named)
+    assert all((np.asarray(g) == 0).all() for g in gradient.values())
+    with pytest.raises(ValueError, match="by_codes=True, so codes must be given"):
+        net.apply(params, *given)
+    with pytest.raises(ValueError, match="by_codes=False, so codes must not be given"):
+        net.clone(by_codes=False).apply(params, *given, **named)
+
+
+def test_text_without_layers_is_its_words():
+    """Every token's state depends on the token and its place alone."""
+    net = TextTransformer(vocab=20, length=6, depth=0, width=8, heads=2, mlp_dim=8)
+    tokens, mask = jnp.arange(6)[None] + 1, jnp.ones((1, 6), bool)
+    params = draw(net, tokens, mask, dtype=np.float32)
+    assert set(params["params"]) == {"embed", "positions", "embed_norm", "norm"}
+    states, other = (net.apply(params, t, mask)[0][0] for t in (tokens, tokens.at[0, 2].set(0)))
+    assert (np.abs(states - other).max(-1) > 1e-4).tolist() == [False, False, True, False, False, False]
+    assert (
+        np.abs(net.apply(params, tokens * 0, mask)[0][0, 0] - net.apply(params, tokens * 0, mask)[0][0, 1]).max() > 1e-4
+    )

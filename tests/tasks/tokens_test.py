@@ -139,3 +139,21 @@ def test_contradictions_are_refused():
         dataclasses.replace(BASE, transformer=BaseTransformer(17, (4, 4), 1, 16, 2, 32))
     with pytest.raises(ValueError, match="needs low_size"):
         dataclasses.replace(SUPER, low_size=0)
+
+
+@pytest.mark.parametrize("task", [BASE, SUPER], ids=["base", "superres"])
+def test_transformers_by_codes_are_told_the_codebooks(task):
+    """Another codebook, other predictions of the same tokens."""
+    task = dataclasses.replace(task, transformer=task.transformer.clone(by_codes=True))
+    params = jax.tree.map(jnp.asarray, draw(task, BATCH))
+    loss = jax.jit(lambda p: task.losses(p, Context(jnp.int32(0)), BATCH, KEY)["main"].value)
+    quantizer = params["tokenizer"]["quantizer"]
+    assert np.isfinite(loss(params)) and quantizer["codebook"].shape[0] == 16
+    rolled = quantizer | {"codebook": jnp.roll(quantizer["codebook"], 1, 0)}
+    tokens, low = task._tokens(params, BATCH["image"])
+    states, mask = task._read(params, BATCH["text"], BATCH["text_mask"])
+    said = [
+        jax.jit(lambda p: task._predict(p, tokens, low, states, mask, None))(p)
+        for p in (params, params | {"tokenizer": params["tokenizer"] | {"quantizer": rolled}})
+    ]
+    assert np.abs(said[0] - said[1]).max() > 1e-3

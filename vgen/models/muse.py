@@ -31,6 +31,23 @@ SUPER_RES = dict(
 )  # published, but for block and heads
 
 
+class _Codes(nn.Module):
+    """A codebook [vocab, d] -> what a network makes of each code [vocab, width]: dense, gelu, dense.
+
+    Codes that look alike are alike, even where one of them never was a target.
+    """
+
+    width: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, codes):
+        codes = jax.lax.stop_gradient(codes)
+        codes = (codes - codes.mean(0)) / (codes.std(0) + 1e-6)
+        x = activation("gelu_tanh")(linear(2 * self.width, dtype=self.dtype, name="fc")(codes))
+        return linear(self.width, dtype=self.dtype, name="out")(x)
+
+
 class _Tokens(nn.Module):
     """Token ids 0..vocab (the last is the mask) -> embeddings with learned 2-D positions, normalised.
 
@@ -44,10 +61,14 @@ class _Tokens(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, tokens):
-        x = nn.Embed(
-            self.vocab + 1, self.width, dtype=self.dtype, name="embed", embedding_init=nn.initializers.normal(0.02)
-        )(tokens)
+    def __call__(self, tokens, codes=None):
+        small = nn.initializers.normal(0.02)
+        if codes is None:
+            x = nn.Embed(self.vocab + 1, self.width, dtype=self.dtype, name="embed", embedding_init=small)(tokens)
+        else:
+            mask = self.param("mask", small, (1, self.width)).astype(self.dtype)
+            table = _Codes(self.width, self.dtype, name="codes")(codes)
+            x = jnp.concatenate([table, mask.astype(table.dtype)])[tokens]
         x = Positions2D(self.grid, dtype=self.dtype, name="positions")(x)
         return norm_layer("layer", 1e-6, "norm", dtype=self.dtype)(x)
 
@@ -59,10 +80,15 @@ class _Head(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, codes=None):
+        width = x.shape[-1]
         x = norm_layer("layer", 1e-6, "norm", dtype=self.dtype)(x)
-        x = activation("gelu_tanh")(linear(x.shape[-1], dtype=self.dtype, name="fc")(x))
-        logits = linear(self.vocab, dtype=self.dtype, name="logits")(x)
+        x = activation("gelu_tanh")(linear(width, dtype=self.dtype, name="fc")(x))
+        if codes is None:
+            logits = linear(self.vocab, dtype=self.dtype, name="logits")(x)
+        else:
+            x = linear(width, dtype=self.dtype, name="to_code")(x)
+            logits = 2 * width**-0.5 * x @ _Codes(width, self.dtype, name="codes")(codes).T
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
@@ -72,9 +98,11 @@ class BaseTransformer(Stacked):
     vocab: codebook size; the mask's id is `vocab`.  grid: (rows, columns) of tokens.
     relative: learned biases by offset in the self-attention (`RelativeBias2D`), not in the paper: small models look at
     neighbours from the first step on then, and not after a thousand.
+    by_codes: tokens are embedded and scored by a small network of their code in the tokenizer's codebook, not by a
+    vector of their own; not in the paper: with few pictures, a token that was never a target can be predicted then.
     Other fields: see `vgen.layers.transformer.Stacked`.
     Parameters: image {embed, positions, norm}, text (projection to the width), layers [depth, ...], head {norm, fc,
-    logits}.
+    logits}; by_codes: image {codes {fc, out}, mask} and head {to_code, codes} for embed and logits.
     """
 
     vocab: int
@@ -87,6 +115,7 @@ class BaseTransformer(Stacked):
     bias: bool = False
     dropout: float = 0.0
     relative: bool = False
+    by_codes: bool = False
 
     @nn.compact
     def __call__(
@@ -96,6 +125,7 @@ class BaseTransformer(Stacked):
         text_mask: Bool[Array, "b l"] | None = None,
         keep_text: Bool[Array, "b"] | None = None,
         *,
+        codes: Float[Array, "vocab c"] | None = None,
         train: bool = False,
         control=None,
         step=None,
@@ -104,8 +134,10 @@ class BaseTransformer(Stacked):
 
         keep_text: False where a sample's text is dropped: there the cross-attention looks at the image's own tokens,
         with the same weights, so one batched call serves conditional and unconditional samples.  None keeps all.
+        codes: the codebook, with by_codes and only then; no gradient reaches it.
         """
-        x = _Tokens(self.vocab, self.grid, self.width, self.dtype, name="image")(tokens)
+        _check_codes(self, codes)
+        x = _Tokens(self.vocab, self.grid, self.width, self.dtype, name="image")(tokens, codes)
         text = linear(self.width, use_bias=self.bias, dtype=self.dtype, name="text")(text)
         block = Block(
             self.heads,
@@ -129,7 +161,13 @@ class BaseTransformer(Stacked):
             control=control,
             step=step,
         )
-        return _Head(self.vocab, self.dtype, name="head")(x)
+        return _Head(self.vocab, self.dtype, name="head")(x, codes)
+
+
+def _check_codes(module, *codes):
+    if any((given is not None) != module.by_codes for given in codes):
+        raise ValueError(f"{type(module).__name__}: by_codes={module.by_codes}, so codes must "
+                         + ("be given" if module.by_codes else "not be given"))  # fmt: skip
 
 
 class SuperResTransformer(Stacked):
@@ -140,7 +178,7 @@ class SuperResTransformer(Stacked):
     vocab, grid: of the high resolution; low_vocab, low_grid: of the low one; mask ids as in BaseTransformer.
     block: side of the blocks of multi-axis self-attention (`vgen.layers.attention.multi_axis`, heads split between
     local and dilated; the paper says "multi-axis" and no more), or None for full self-attention, for small grids.
-    relative: as in BaseTransformer; full self-attention alone.
+    relative, by_codes: as in BaseTransformer; full self-attention alone for `relative`.
     Parameters: low {embed, positions}, low_layers [low_depth, ...], low_norm, image, text, layers [depth, ...], head.
     """
 
@@ -158,6 +196,7 @@ class SuperResTransformer(Stacked):
     bias: bool = False
     dropout: float = 0.0
     relative: bool = False
+    by_codes: bool = False
 
     @nn.compact
     def __call__(
@@ -168,6 +207,8 @@ class SuperResTransformer(Stacked):
         text_mask: Bool[Array, "b l"] | None = None,
         keep_text: Bool[Array, "b"] | None = None,
         *,
+        codes: Float[Array, "vocab c"] | None = None,
+        low_codes: Float[Array, "low_vocab c"] | None = None,
         train: bool = False,
         control=None,
         step=None,
@@ -175,11 +216,12 @@ class SuperResTransformer(Stacked):
         """tokens: int32 in [0, vocab]; low: int32 in [0, low_vocab]; text, text_mask: as in BaseTransformer.
 
         keep_text: False where a sample's text is dropped.  It still sees the low-resolution tokens: the paper is silent
-        here, and guidance is then along the text alone.
+        here, and guidance is then along the text alone.  codes, low_codes: the two codebooks, with by_codes.
         """
+        _check_codes(self, codes, low_codes)
         args = dict(act=self.act, bias=self.bias, dropout=self.dropout, dtype=self.dtype)
         run = dict(train=train, control=control, step=step)
-        low = _Tokens(self.low_vocab, self.low_grid, self.width, self.dtype, name="low")(low)
+        low = _Tokens(self.low_vocab, self.low_grid, self.width, self.dtype, name="low")(low, low_codes)
         low_grid, grid = (tuple(grid) if self.relative else None for grid in (self.low_grid, self.grid))
         low_block = Block(self.heads, self.mlp_dim, relative=low_grid, name="low_layers", **args)
         low = self.run_stack(low_block, low, depth=self.low_depth, **run)
@@ -191,11 +233,11 @@ class SuperResTransformer(Stacked):
         context = jnp.concatenate([low.astype(text.dtype), text], axis=1)  # [b, m + l, width]
         mask = jnp.concatenate([jnp.ones(low.shape[:2], bool), text_mask], axis=1)
 
-        x = _Tokens(self.vocab, self.grid, self.width, self.dtype, name="image")(tokens)
+        x = _Tokens(self.vocab, self.grid, self.width, self.dtype, name="image")(tokens, codes)
         axes = None if self.block is None else (*self.grid, self.block)
         block = Block(self.heads, self.mlp_dim, cross=True, axes=axes, relative=grid, name="layers", **args)
         x = self.run_stack(block, x, depth=self.depth, context=context, context_mask=mask, **run)
-        return _Head(self.vocab, self.dtype, name="head")(x)
+        return _Head(self.vocab, self.dtype, name="head")(x, codes)
 
 
 def layer_parameters(params) -> int:

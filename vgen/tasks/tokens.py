@@ -99,7 +99,7 @@ class MaskedTokens:
             if self.low_tokenizer is not None:
                 params["low_tokenizer"] = self.low_tokenizer.init(keys[2], image)["params"]
         args = self._arguments(tokens, low, states, mask, None)
-        return params | {"transformer": self.transformer.init(keys[3], *args)["params"]}
+        return params | {"transformer": self.transformer.init(keys[3], *args, **self._codes(params))["params"]}
 
     # ------------------------------------------------------------------------------------------------------- losses
 
@@ -167,7 +167,14 @@ class MaskedTokens:
 
     def _predict(self, params, tokens, low, states, text_mask, keep, **kwargs):
         args = self._arguments(tokens, low, states, text_mask, keep)
-        return self.transformer.apply({"params": params["transformer"]}, *args, **kwargs)
+        return self.transformer.apply({"params": params["transformer"]}, *args, **self._codes(params), **kwargs)
+
+    def _codes(self, params) -> dict[str, Any]:
+        """The codebooks that a transformer with by_codes is told."""
+        if not self.transformer.by_codes:
+            return {}
+        codes = {"codes": params["tokenizer"]["quantizer"]["codebook"]}
+        return codes | ({"low_codes": params[self._low_name]["quantizer"]["codebook"]} if self.superres else {})
 
     def _arguments(self, tokens, low, states, text_mask, keep) -> tuple:
         """What the transformer is called with."""
