@@ -10,7 +10,9 @@ Parts
              `tiny`, whose patches are of pixels
   pixels     DiT (models/dit.py), told of classes: where objects and colours are learned; tasks/diffuse.py
   alignment  PixArt (models/pixart.py), begun with the DiT's weights (`from_dit`): where text is learned
-  quality    the same on fewer, better pictures; at `paper`
+  quality    the same on fewer, better pictures; at `paper`, where quality_512 and quality_1024 follow, on pictures of
+             all shapes (data/buckets.py)
+  cache      what vae and T5 say, computed once ahead of the stages of `paper` (features.py); at `small` the latents
   text       T5-XXL (models/t5.py), frozen, at `paper` and `imported`; elsewhere a small transformer, trained along
 
 Commands
@@ -22,7 +24,7 @@ Commands
   all in small letters:
   python -m vgen.main --config=configs/pixart.py:imported --workdir=DIR --config.weights=FOLDER \\
     --mode=sample --prompt="a lighthouse on a cliff"
-  The three stages at 256 pixels with your data (vae and T5 come from FOLDER): see `_paper`
+  The published stages with your data (vae and T5 come from FOLDER): see `_paper`
   python -m vgen.main --config=configs/pixart.py:paper --workdir=DIR --config.weights=FOLDER
 
 Published numbers
@@ -47,7 +49,7 @@ PUBLISHED = dict(network=611_349_152, text_encoder=4_762_310_656, vae=83_653_863
 def get_config(scale: str = "mini") -> ConfigDict:
     """The config of one scale: tiny (tests), mini (two CPU cores, minutes), small (one accelerator), paper, imported.
 
-    paper trains as published, at 256 pixels; imported is the published checkpoint of 1024 pixels.
+    paper trains as published, up to 1024 pixels; imported is the published checkpoint of 1024 pixels.
     """
     makers = dict(tiny=_tiny, mini=_mini, small=_small, paper=_paper, imported=_imported)
     if scale not in makers:
@@ -141,7 +143,7 @@ def _small():
     """One accelerator: a network of DiT-S's size on 16 x 16 latents of the whole world."""
     from vgen.models import dit
 
-    return _world(
+    config = _world(
         size=128, world={}, cached=200_000, eval_count=2048,
         vae=recipes.KL["small"], autoencoder=recipes.AUTOENCODING["small"],
         net=dict(dit.SMALL, patch_size=2, dtype="bfloat16"),
@@ -149,6 +151,9 @@ def _small():
         pixels=dict(steps=20_000, batch=256, lr=4e-4), alignment=dict(steps=60_000, batch=256, lr=4e-4),
         batch_size=64, guidance=3.0, scales=(1.5, 2.0, 4.5), eval_prompts=1024, prompts=recipes.PROMPTS,
     )  # fmt: skip
+    for name in ("pixels", "alignment"):
+        config["stages"][name]["cache"] = dict(features=("latents",))
+    return config
 
 
 # -------------------------------------------------------------------------------------------------------- as published
@@ -169,11 +174,12 @@ def _t5():
 
 
 def _paper():
-    """The three stages at 256 pixels: ImageNet by class, pictures of SAM with long captions, and the best of them.
+    """ImageNet by class, pictures of SAM with long captions, and the best of them, at 256 pixels and then larger.
 
-    ImageNet is TensorFlow Datasets'; for the others set --config.stages.alignment.data.source and that of quality
-    (webdataset:GLOB, arrayrecord:GLOB, folder:DIR).  Vae and T5 come from the folder --config.weights of a published
-    PixArt.  The later resolutions, 512 and 1024, are further stages like quality: 100k steps of 2560, 16k of 384.
+    ImageNet is TensorFlow Datasets'; for the others set --config.stages.alignment.data.source and that of the quality
+    stages (webdataset:GLOB, arrayrecord:GLOB, folder:DIR).  Vae and T5 come from the folder --config.weights of a
+    published PixArt; they run over all pictures and texts once, ahead of each stage, as the authors' do (T5's states
+    are 1 MB a picture).  Above 256 pixels, pictures keep their shapes: 40 sizes of about as many pixels.
     """
     from vgen.models import autoencoder, dit, pixart
 
@@ -188,6 +194,7 @@ def _paper():
     by_text = _diffuse(
         target="vgen.tasks.diffuse:Diffuse", size=256, vae=vae, network=network, text_encoder=_t5(),
     )  # fmt: skip
+    cache = dict(features=("latents", "text"))
     texts = recipes.imported(weights, vae="vae", text_encoder="text_encoder")
     data = dict(source="webdataset:SET_ME/*.tar", size=256, crop="center_crop", workers=16)
     stages = dict(
@@ -198,15 +205,25 @@ def _paper():
         ),
         alignment=dict(
             task=by_text, train=_train(150_000, 11_392), init=texts | dict(network=_from_dit("pixels")), data=data,
+            cache=dict(cache),
         ),
         quality=dict(
-            task=by_text, train=_train(90_000, 11_392), data=dict(data),
+            task=by_text, train=_train(90_000, 11_392), data=dict(data), cache=dict(cache),
             init=texts | dict(network=dict(stage="alignment", part="network")),
         ),
     )  # fmt: skip
+    before, above = "quality", [(512, pixart.ALPHA_512, 100_000, 2560), (1024, pixart.ALPHA_1024, 16_000, 384)]
+    for side, published, steps, batch in above:
+        larger = dict(size=side, network=dict(network, **published), micro="size" if "micro" in published else "none")
+        # `dict` takes what is there: the embeddings of size and shape are new at 1024 pixels
+        start = dict(stage=before, part="network", through="builtins:dict")
+        stages[before := f"quality_{side}"] = dict(
+            task=by_text | larger, train=_train(steps, batch), data=dict(data, size=side, buckets=side),
+            cache=dict(cache), init=texts | dict(network=start),
+        )  # fmt: skip
     return dict(
         weights=weights, stages=stages, order=tuple(stages), mesh=dict(data=-1, fsdp=8, tensor=1),
-        text=dict(kind="t5", length=120, path=weights + "/tokenizer"), generate=_generate("quality", 16, 4.5),
+        text=dict(kind="t5", length=120, path=weights + "/tokenizer"), generate=_generate(before, 4, 4.5),
         prompts=("a lighthouse on a cliff at sunset", "a bowl of oranges, oil painting"),
     )  # fmt: skip
 
@@ -226,7 +243,7 @@ def _imported():
         vae=dict(target="vgen.models.autoencoder:AutoencoderKL", **autoencoder.KL_F8),
     )  # fmt: skip
     stage = dict(
-        task=task, data=dict(source="scenes", size=512), train=_train(0, 4),
+        task=task, data=dict(source="scenes", size=512, buckets=1024), train=_train(0, 4),
         init=recipes.imported(weights, network="transformer", vae="vae", text_encoder="text_encoder"),
     )  # fmt: skip
     return dict(

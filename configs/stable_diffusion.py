@@ -22,6 +22,9 @@ Commands
   Fine-tune its U-Net on your pictures:
   python -m vgen.main --config=configs/stable_diffusion.py:paper --workdir=DIR2 --config.weights=FOLDER \\
     --config.stages.unet.train.steps=1000 --config.stages.unet.data.source=folder:PICTURES
+  With :sdxl, pictures keep their shapes (data/buckets.py), and vae and text towers run over them once, not in every
+  step (features.py); for the others add --config.stages.unet.data.buckets=512 and
+  --config.stages.unet.cache="{'features': ('latents', 'text')}".
 
 Published numbers
   1.5: U-Net 859,520,964 parameters, text tower 123,060,480, autoencoder 83,653,863; 595k steps of 2048 after 1.2.
@@ -113,17 +116,17 @@ def _small():
 # -------------------------------------------------------------------------------------------------------- as published
 
 
-def _published(task, *, guidance, weights, **folders):
+def _published(task, *, guidance, weights, data=(), cache=(), **folders):
     """A pipeline imported from the folder --config.weights.
 
-    task: settings of Diffuse.  folders: {part of the task: folder there}.  `train` holds the settings of diffusers'
-    example of fine-tuning (examples/text_to_image), which --config.stages.unet.train.steps=N turns on; until there are
-    pictures to train on, at stages.unet.data, any will do.
+    task: settings of Diffuse.  data, cache: further ones of the stage.  folders: {part of the task: folder there}.
+    `train` holds the settings of diffusers' example of fine-tuning (examples/text_to_image), which
+    --config.stages.unet.train.steps=N turns on; until there are pictures to train on, at stages.unet.data, any will do.
     """
     optim = dict(main=dict(lr=1e-5, kind="constant", weight_decay=0.01, clip=1.0))
     stage = dict(
         task=dict(target="vgen.tasks.diffuse:Diffuse", max_steps=1000, **task),
-        data=dict(source="scenes", size=min(task["size"], 512)),
+        data=dict(source="scenes", size=min(task["size"], 512), **dict(data)), cache=dict(cache),
         train=dict(steps=0, batch_size=4, optim=optim, ema_decay=0.9999, frozen_dtype="float32", checkpoint_every=500),
         init=recipes.imported(weights, network="unet", vae="vae", **folders),
     )  # fmt: skip
@@ -183,4 +186,7 @@ def _sdxl():
         grid_knobs=dict(spacing="leading", offset=1),
     )  # fmt: skip
     folders = {"text_encoder/first": "text_encoder", "text_encoder/second": "text_encoder_2"}
-    return _published(task, guidance=5.0, weights=FieldReference("SET_WEIGHTS"), **folders)
+    return _published(
+        task, guidance=5.0, weights=FieldReference("SET_WEIGHTS"), data=dict(buckets=1024),
+        cache=dict(features=("latents", "text")), **folders,
+    )  # fmt: skip

@@ -36,6 +36,7 @@ FORBIDDEN = {
     "stages": {"models", "tasks", "main", "system"},
     "system": {"models", "tasks", "main"},
     "main": {"models", "tasks"},
+    "features": {"models", "tasks", "metrics", "stages", "system", "main"},
 }
 EXCEPT = {("trees", "config")}  # its errors are mistakes in configs
 # Whole systems: a pipeline's files become the task that samples it. `vgen.load` imports these where it needs them.

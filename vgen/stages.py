@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from vgen import sharding, trees
+from vgen import features, sharding, trees
 from vgen import state as states
 from vgen.checkpoint import Checkpoints
 from vgen.config import ConfigError, UserError, arguments, build, call, diff, resolve, to_dict, to_json
@@ -33,6 +33,7 @@ class StageConfig:
     task: spec of the Task.  data: arguments of `vgen.data.open.open_pipeline`.  train: arguments of TrainConfig.
     init: {parameter prefix: arguments of InitConfig}.
     evaluate: data arguments that differ on held-out data, and "batches", how many to use ({} = no evaluation).
+    cache: arguments of `vgen.features.CacheConfig`: what frozen encoders say is computed once ({} = in every step).
     """
 
     task: dict[str, Any]
@@ -40,6 +41,7 @@ class StageConfig:
     train: dict[str, Any]
     init: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     evaluate: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cache: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Run:
         self.trainer = self.config.name
         self.mesh = call(sharding.make_mesh, self.config.mesh | dict(devices=devices), "config.mesh")
         self.stages = {name: self._stage_config(name) for name in self.config.order}
-        self._tasks, self._layouts, self._text = {}, {}, None
+        self._tasks, self._layouts, self._text, self.kept = {}, {}, None, {}
         self._check_config()
 
     def _stage_config(self, name: str) -> StageConfig:
@@ -137,9 +139,10 @@ class Run:
             if train.steps or train.optim:  # what is never trained needs no optimiser
                 build_optimizers(train, list(train.groups or self.task(name).groups), f"{where}.train.optim")
             for held_out in (False, True):
-                arguments(open_pipeline, self._data_arguments(name, held_out), f"{where}.data")
+                arguments(open_pipeline, self.data_arguments(name, held_out), f"{where}.data")
             for prefix, source in stage.init.items():
                 self._init_config(name, prefix, source)
+            features.check(self, name)
         if self.config.eval:
             build(self.config.eval, "config.eval")
         if self.config.generate:
@@ -236,13 +239,18 @@ class Run:
             self._text = call(open_tokenizer, self.config.text | given, "config.text")
         return self._text
 
-    def batches(self, name: str, *, held_out: bool = False):
-        """An endless iterator over device batches of a stage (held_out: one pass over its evaluation data)."""
-        text = self.text_tokenizer() if self.stage(name).data.get("text", True) else None
-        settings = self._data_arguments(name, held_out) | dict(tokenizer=text)
+    def batches(self, name: str, *, held_out: bool = False, cached: bool = False, **changed):
+        """An endless iterator over device batches of a stage (held_out: one pass over its evaluation data).
+
+        cached: of its features, which have been computed.  changed: other arguments of `open_pipeline`.
+        """
+        found = features.kept(self, name, held_out) if cached else None
+        text = self.stage(name).data.get("text", True) and not (cached and "context" in found.keys)
+        given = dict(tokenizer=self.text_tokenizer() if text else None, features=found)
+        settings = self.data_arguments(name, held_out) | given | changed
         return call(open_pipeline, settings, f"config.stages.{name}.data")
 
-    def _data_arguments(self, name: str, held_out: bool) -> dict[str, Any]:
+    def data_arguments(self, name: str, held_out: bool) -> dict[str, Any]:
         """Arguments of `open_pipeline`, the text tokenizer left out."""
         stage, train = self.stage(name), self.train_config(name)
         settings = stage.data | (stage.evaluate if held_out else {})
@@ -252,22 +260,25 @@ class Run:
         )  # fmt: skip
         return {key: value for key, value in settings.items() if key not in ("batches", "text")} | given
 
-    def layout(self, name: str) -> states.Layout:
-        if name not in self._layouts:
-            with self.batches(name, held_out=bool(self.stage(name).evaluate)) as batches:
+    def layout(self, name: str, cached: bool = False) -> states.Layout:
+        """The stage's parameters; cached: those that training on features takes."""
+        if (name, cached) not in self._layouts:
+            with self.batches(name, held_out=bool(self.stage(name).evaluate), cached=cached) as batches:
                 batch = next(iter(batches))
-            self._layouts[name] = states.Layout(self.task(name), batch, self.train_config(name).groups)
-        return self._layouts[name]
+            self._layouts[name, cached] = states.Layout(self.task(name), batch, self.train_config(name).groups)
+        return self._layouts[name, cached]
 
     # ---------------------------------------------------------------------------------------------------- weights
 
-    def given(self, name: str) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """({path: array}, where it is from): the parameters that a stage's `init` brings in."""
+    def given(self, name: str, parts=None) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """({path: array}, where it is from): what a stage's `init` brings in, of some parts or of all."""
         shapes, values, origin = self.layout(name).shapes, {}, {}
         for prefix, source in self.stage(name).init.items():
             wanted = trees.subtree(shapes, prefix)
             if not wanted:
                 raise UserError(f"config.stages.{name}.init: {prefix!r} matches no parameter of the task")
+            if prefix and parts is not None and prefix.split("/")[0] not in parts:
+                continue
             flat, origin[prefix] = self._source(name, prefix, source)
             if source.get("through"):
                 wanted = {path: leaf for path, leaf in wanted.items() if path in flat}
@@ -339,27 +350,29 @@ class Run:
         if not config.steps:
             self.weights(name)
             return None
-        layout = self.layout(name)
-        given, origin = self.given(name)
+        cached, empty = bool(self.stage(name).cache), features.build(self, name, should_stop)
+        layout = self.layout(name, cached)
+        given, origin = self.given(name, {path.split("/")[0] for path in layout.shapes})
+        given |= empty
         quiet = jax.process_index() > 0
         log = Log(self.folder(name), name, quiet)
         checkpoints = Checkpoints(
             self.folder(name), keep=config.keep, keep_every=config.keep_every, meta={"frozen": origin}, warn=warn
         )
         key = jax.random.fold_in(jax.random.key(self.config.seed), self.config.order.index(name))
-        with self.batches(name) as batches:
+        with self.batches(name, cached=cached) as batches:
             try:
                 return fit(
                     task, config, batches, layout=layout, mesh=self.mesh, key=key, given=given,
                     checkpoints=checkpoints, log=log, should_stop=should_stop,
-                    hooks=self._hooks(name, config, given, log),
+                    hooks=self._hooks(name, config, given, log, cached),
                 )  # fmt: skip
             finally:
                 log.finish()
                 checkpoints.close()
 
-    def _hooks(self, name: str, config: TrainConfig, given, log: Log) -> list[Hook]:
-        task, layout, evaluate = self.task(name), self.layout(name), self.stage(name).evaluate
+    def _hooks(self, name: str, config: TrainConfig, given, log: Log, cached: bool) -> list[Hook]:
+        task, layout, evaluate = self.task(name), self.layout(name, cached), self.stage(name).evaluate
         frozen = {path: given[path] for path in layout.frozen}
         tree = lambda state: trees.unflatten({**frozen, **state.averaged()})
         key = jax.random.fold_in(jax.random.key(self.config.seed), 2**31 - 1)
@@ -367,7 +380,7 @@ class Run:
         if hasattr(task, "show") and evaluate:
 
             def show(step, state):
-                with self.batches(name, held_out=True) as batches:
+                with self.batches(name, held_out=True, cached=cached) as batches:
                     for title, picture in task.show(tree(state), next(iter(batches)), key).items():
                         log.picture(step, title, picture)
 
@@ -375,7 +388,7 @@ class Run:
         if evaluate:
 
             def measure(step, state):
-                with self.batches(name, held_out=True) as batches:
+                with self.batches(name, held_out=True, cached=cached) as batches:
                     some = (batch for _, batch in zip(range(evaluate.get("batches", 8)), batches))
                     metrics = task.evaluate(tree(state), some, key)
                 log.scalars(step, {f"eval/{metric}": value for metric, value in metrics.items()})

@@ -29,7 +29,7 @@ from vgen.data.images import DataError, ImageError
 
 SUFFIX = ".arrayrecord"
 FORMAT = 1  # part of every fingerprint: raise it when the record format changes
-_WRITER = "group_size:1,uncompressed"  # one record per read; pictures hardly compress, and reading them raw is faster
+WRITER = "group_size:1,uncompressed"  # one record per read; pictures hardly compress, and reading them raw is faster
 
 
 def pack(example: Mapping, encoding: str = "raw") -> bytes:
@@ -234,7 +234,7 @@ def _write_shards(source, folder: Path, count: int, encoding: str, workers: int,
 def _write_shard(source, path: Path, start: int, stop: int, encoding: str, progress=None) -> int:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    writer = ArrayRecordWriter(os.fspath(path), _WRITER)
+    writer = ArrayRecordWriter(os.fspath(path), WRITER)
     try:
         for i in range(start, stop):
             writer.write(_packed(source, i, encoding))

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from vgen.config import UserError
 
@@ -85,6 +85,21 @@ def decode(data: bytes | np.ndarray | Image.Image, size: int | None = None) -> n
             "a complete image file",
             "replace or delete the file",
         ) from error
+
+
+def size_of(data: bytes | np.ndarray | Image.Image) -> tuple[int, int]:
+    """(height, width) that `decode` gives without a size, of encoded bytes from their header alone.
+
+    Raises ImageError for bytes whose header says nothing.
+    """
+    if not isinstance(data, bytes):
+        return np.shape(data)[:2] if isinstance(data, np.ndarray) else to_rgb8(data).shape[:2]
+    try:
+        image = _open(data)
+        lies = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # it will be turned by a quarter
+    except PIL_ERRORS as error:
+        raise ImageError("image", f"{len(data)} bytes without a size", "an image file", "replace it") from error
+    return image.size if lies else image.size[::-1]
 
 
 def _open(data: bytes) -> Image.Image:
@@ -198,6 +213,22 @@ def resize(
     top, left = (size - inner.shape[0]) // 2, (size - inner.shape[1]) // 2
     out[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
     return out
+
+
+def cover(
+    image: np.ndarray, height: int, width: int, rng: np.random.Generator | None = None
+) -> tuple[np.ndarray, tuple[int, int], tuple[int, int]]:
+    """uint8 [h, w, 3] to [height, width, 3]: resized as little as covers that, then cropped.
+
+    rng: for a crop at random, without one it is the middle.
+    Also gives the crop's corner (top, left) and the (height, width) that it was cut from.
+    """
+    h, w = image.shape[:2]
+    scale = max(height / h, width / w)
+    whole = max(height, round(h * scale)), max(width, round(w * scale))
+    rest = whole[0] - height, whole[1] - width
+    top, left = (int(r) // 2 if rng is None else int(rng.integers(r + 1)) for r in rest)
+    return _lanczos(image, *whole)[top : top + height, left : left + width], (top, left), whole
 
 
 def _lanczos(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags, logging
 
 from vgen.data import images
+from vgen.data.buckets import MICRO, Buckets, Plan
 from vgen.data.images import DataError, ImageError
 from vgen.data.sources import Source
 from vgen.data.text import Tokenizer
@@ -31,6 +32,7 @@ class Pipeline:
 
     source: see vgen.data.sources.  batch_size: of all hosts together.  size: pixels, None keeps them (all must agree).
     crop: one of vgen.data.images.WAYS.  flip: mirror at random.  tokenizer, text_length: for the key "text".
+    buckets: a batch holds pictures of one of their sizes, in the place of `size`; crop: "center_crop" or "random_crop".
     captions: a missing one is an error ("require"), "" ("empty"), or the next example takes its place ("skip").
     remainder: what to do with the end of a pass when repeat is False: "drop" it, or "pad" the last batch with other
       examples, told apart by the key "valid".
@@ -41,6 +43,8 @@ class Pipeline:
     A batch is a dict of NumPy arrays for this host's slice, b = batch_size / process_count: image uint8 [b, h, w, 3],
     text int32 [b, text_length], text_mask bool [b, text_length], label int32 [b], caption str [b], index int32 [b] (the
     position in the source, always there), valid bool [b] (with remainder="pad"); any other key is stacked as it is.
+    With buckets: image [b, height, width, 3], and float32 [b, 2] of (height, width): original, the file's, target, the
+    bucket's, and corner, (top, left) of the crop in the resized picture.
     """
 
     source: Source
@@ -49,6 +53,7 @@ class Pipeline:
     shuffle: bool = True
     repeat: bool = True
     size: int | None = None
+    buckets: Buckets | None = None
     crop: str = "center_crop"
     flip: bool = False
     tokenizer: Tokenizer | None = None
@@ -81,6 +86,14 @@ class Pipeline:
             raise ValueError(f"Pipeline: seed must be in [0, 2**32), got {self.seed}")
         if not len(self.source):
             raise DataError("Pipeline", "an empty source", "at least one example", "check the data set")
+        plan = None
+        if self.buckets is not None:
+            if self.crop not in ("center_crop", "random_crop"):
+                raise ValueError(f"Pipeline: with buckets, crop must be center_crop or random_crop, got {self.crop!r}")
+            plan = Plan(
+                self.buckets, self.batch_size, self.seed, self.shuffle, self.repeat, pad=self.remainder == "pad"
+            )
+        object.__setattr__(self, "_plan", plan)
         if not len(self):
             raise DataError(
                 "Pipeline",
@@ -97,10 +110,13 @@ class Pipeline:
     def _default_keys(self) -> tuple[str, ...]:
         tried = (_read(self.source, [i])[0] for i in range(min(TRIES, len(self.source))))
         first = next((example for example in tried if not isinstance(example, Exception)), {})
-        return ("image",) + ("text",) * (self.tokenizer is not None) + ("label",) * ("label" in first)
+        keys = ("image",) + ("text",) * (self.tokenizer is not None) + ("label",) * ("label" in first)
+        return keys if self.buckets is None else (*keys, *MICRO)
 
     def __len__(self) -> int:
         """Batches in one pass; of an endless pipeline, batches per epoch (rounded up)."""
+        if self._plan is not None:
+            return len(self._plan)
         n = len(self.source)
         return n // self.batch_size if self.remainder == "drop" and not self.repeat else -(-n // self.batch_size)
 
@@ -111,9 +127,14 @@ class Pipeline:
 
     def load(self, k: int) -> dict[str, Any]:
         """Batch number `k` of this host, with one extra entry "_bad": JSON, [name, reason] per replaced image."""
-        n, b = len(self.source), self.batch_size // self.process_count
-        first = k * self.batch_size + self.process_index * b
-        indices = [self._order(position) for position in range(first, first + b)]
+        b = self.batch_size // self.process_count
+        mine = range(self.process_index * b, self.process_index * b + b)  # slots of the batch of all hosts
+        first = k * self.batch_size + mine.start
+        if self._plan is None:
+            indices, valid = [self._order(first + j) for j in range(b)], len(self.source) - k * self.batch_size
+        else:
+            _, indices, valid = self._plan[k]
+            indices = indices[mine.start : mine.stop].tolist()
         batch, bad = {}, []
         rows = [
             self._row(i, example, first + j, bad)
@@ -126,7 +147,7 @@ class Pipeline:
                 batch[key] = _stack(key, [row[key] for row in rows])
         batch["index"] = np.array([row["_index"] for row in rows], np.int32)
         if self.remainder == "pad" and not self.repeat:
-            batch["valid"] = np.arange(first, first + b) < n
+            batch["valid"] = np.asarray(mine) < valid
         return batch | {"_bad": json.dumps(bad)}
 
     def _order(self, position: int) -> int:
@@ -147,12 +168,12 @@ class Pipeline:
                 row = self._caption(example, i, rng)
                 if row is not None:
                     if "image" in self.keys:
-                        row["image"] = self._image(_get(example, "image", i), rng)
+                        row |= self._image(_get(example, "image", i), i, rng)
                     break
             except (ImageError, OSError) as error:
                 name = example.get("name", f"example {i}") if isinstance(example, Mapping) else f"example {i}"
                 failed = failed or bad.append([str(name), _reason(error)]) or True
-            i = (i + 1) % len(self.source)
+            i = (i + 1) % len(self.source) if self._plan is None else self._plan.following(i)
             example = _read(self.source, [i])[0]
         else:
             reason = ": ".join(bad[-1]) if failed else "no captions"
@@ -164,7 +185,7 @@ class Pipeline:
             )
         row["_index"] = i
         for key in self.keys:
-            if key not in ("image", "text", "caption"):
+            if key not in ("text", *row):
                 row[key] = _get(example, key, i)
         return row
 
@@ -186,11 +207,14 @@ class Pipeline:
             return None
         return {"caption": caption or ""}
 
-    def _image(self, data, rng) -> np.ndarray:
+    def _image(self, data, i: int, rng) -> dict[str, np.ndarray]:
+        """{"image"} finished, and with buckets what there is to say of it."""
+        if self._plan is not None:
+            return self._plan.picture(data, i, rng and rng.get, self.crop == "random_crop", self.flip)
         image = images.decode(data, self.size)
         if self.size is not None:
             image = images.resize(image, self.size, self.crop, rng.get() if self.crop == "random_crop" else None)
-        return images.random_flip(image, rng.get()) if self.flip else image
+        return {"image": images.random_flip(image, rng.get()) if self.flip else image}
 
 
 class _LazyRng:
@@ -286,6 +310,9 @@ class Batches(Iterator):
         self._pipeline, self._inner = pipeline, None
         self._next, self.seen, self.bad, self._named = 0, 0, 0, {}
 
+    def __len__(self) -> int:
+        return len(self._pipeline)
+
     def __next__(self) -> dict[str, np.ndarray]:
         stop = ENDLESS if self._pipeline.repeat else len(self._pipeline)
         if self._next >= stop:
@@ -331,6 +358,7 @@ class Batches(Iterator):
             "bad": self.bad,
             "examples": len(p.source),
             **{key: getattr(p, key) for key in ("batch_size", "seed", "shuffle", "repeat")},
+            **({} if p.buckets is None else {"buckets": p._plan.mark}),
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:

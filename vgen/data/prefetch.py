@@ -33,6 +33,9 @@ class DeviceBatches(Iterator):
         self._thread, self._stop, self._ended, self.wait_seconds = None, None, None, 0.0
         self._state = iterator.get_state()
 
+    def __len__(self) -> int:
+        return len(self._iterator)
+
     def __next__(self) -> dict[str, jax.Array]:
         if self._ended is not None:
             raise self._ended
