@@ -28,21 +28,37 @@ def test_defines_nothing_and_is_stored_without_outputs(path):
     assert {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)} >= {"vgen"}
 
 
+def executed(name, run, folder, monkeypatch):
+    """(the notebook after its last cell, its pictures) on a copy of a trained run, in which nothing was trained."""
+    shutil.copytree(run.workdir, folder)
+    (folder / "config.json").unlink()  # shared runs leave the evaluation of their stages out
+    monkeypatch.setenv("VGEN_COLAB_SCALE", "tiny")
+    monkeypatch.setenv("VGEN_COLAB_WORKDIR", str(folder))
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # see `quick_compilation`
+    path = next(path for path in COLABS if path.stem == name)
+    notebook = nbformat.read(path, as_version=4)
+    before = {file.parent.name for file in folder.glob("*/checkpoints/*")}
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}}).execute()
+    assert {file.parent.name for file in folder.glob("*/checkpoints/*")} == before
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return notebook, [output for output in outputs if "image/png" in output.get("data", {})]
+
+
+def printed(cell) -> str:
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
 def test_muse_runs(tiny_run, tmp_path, monkeypatch):
     """On a trained run of scale tiny, where training has nothing left to do."""
-    shutil.copytree(tiny_run.workdir, tmp_path / "run")
-    monkeypatch.setenv("VGEN_COLAB_SCALE", "tiny")
-    monkeypatch.setenv("VGEN_COLAB_WORKDIR", str(tmp_path / "run"))
-    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    path = next(path for path in COLABS if path.stem == "muse")
-    notebook = nbformat.read(path, as_version=4)
-    before = {file.parent.name for file in (tmp_path / "run").glob("*/checkpoints/*")}
-
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}}).execute()
-
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    notebook, pictures = executed("muse", tiny_run, tmp_path / "run", monkeypatch)
     assert len(pictures) >= 9  # curves, reconstructions, samples, guidance, steps, seeds, negative, two edits
-    printed = "".join(output.text for output in notebook.cells[-1].outputs if output.output_type == "stream")
-    assert all(name in printed for name in (*METRICS, "base", "superres", "base_guidance_off"))
-    assert {file.parent.name for file in (tmp_path / "run").glob("*/checkpoints/*")} == before
+    table = printed(notebook.cells[-1])
+    assert all(name in table for name in (*METRICS, "base", "superres", "base_guidance_off"))
+
+
+def test_diffusion_runs(tiny_runs, tmp_path, monkeypatch):
+    run = tiny_runs(COLABS[0].parents[1] / "configs" / "ldm.py")
+    notebook, pictures = executed("diffusion", run, tmp_path / "run", monkeypatch)
+    assert len(pictures) == 7  # curves, samples, guidance, maps, Prompt-to-Prompt, SDEdit, a mask
+    assert all(name in printed(notebook.cells[-1]) for name in (*METRICS, "unet", "unet_guidance_off"))

@@ -14,17 +14,20 @@ from jax.extend import core
 from tests.conftest import quick_compilation
 from vgen import state as states
 from vgen import trees
+from vgen.config import to_dict
 from vgen.convert import schedulers
 from vgen.convert.amused import UVIT
 from vgen.convert.clip import HF_TEXT_PROJECTION
 from vgen.convert.vqgan import DIFFUSERS_VQ
-from vgen.stages import Run
+from vgen.stages import RECORDED, Run
 from vgen.system import System
 from vgen.types import Context
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(ROOT.glob("configs/*.py"))
 SECTIONS = ("Paper", "Parts", "Commands", "Published numbers", "Measured numbers")
+STUDIES = dict.fromkeys(("ddim", "sdedit", "ilvr", "repaint"), "ddpm")  # of a method on a system
+STUDIES |= dict.fromkeys(("cfg", "prompt_to_prompt", "multidiffusion"), "ldm")
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 
 
@@ -76,7 +79,19 @@ def test_two_steps_of_every_stage(path, tiny_runs):
         assert losses and all(value is not None for value in losses) and rows[-1].get("skipped", 0) == 0
 
 
-@pytest.mark.parametrize("path", [ROOT / f"configs/{name}.py" for name in ("ddpm", "dit")], ids=lambda path: path.stem)
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_measures_the_weights_of_its_system(study):
+    """Its workdir may be that of the system: all that a workdir belongs to is the same, at every scale."""
+    ours, theirs = (runpy.run_path(str(ROOT / "configs" / f"{name}.py")) for name in (study, STUDIES[study]))
+    for scale in ours["SCALES"]:
+        a, b = (to_dict(module["get_config"](scale)) for module in (ours, theirs))
+        assert {name: a.get(name) for name in RECORDED} == {name: b.get(name) for name in RECORDED}
+        assert a["name"] == study and a["generate"] and (a.get("eval") or scale in ("paper", "imported"))
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / f"configs/{name}.py" for name in ("ddpm", "dit", "adm")], ids=lambda path: path.stem
+)
 def test_draws_what_it_is_asked_for(path, tiny_runs):
     """Without a text; Muse is drawn by the command line, pictures of a text in the tests of their tasks."""
     run = tiny_runs(path)
@@ -109,6 +124,19 @@ def test_training_changed_the_trained_parameters_alone(tiny_run):
         np.testing.assert_array_equal(value, superres[f"tokenizer/{path}"])
     for path, value in trees.subtree(superres, "text_encoder").items():
         np.testing.assert_array_equal(value, base[f"text_encoder/{path}"])
+
+
+def test_adm_is_guided_by_the_classifier_that_it_trained(tiny_runs):
+    run = tiny_runs(ROOT / "configs" / "adm.py")
+    (judge, _), (found, _) = run.weights("classifier"), run.weights("unet")
+    guides = trees.subtree(found, "classifier")
+    assert set(guides) == set(trees.subtree(judge, "network"))
+    for path, value in guides.items():
+        np.testing.assert_array_equal(value, judge[f"network/{path}"])
+    assert run.task("unet").classifier == run.task("classifier").network
+    for t in (0, 500, 999):
+        ours, theirs = (run.task(stage).schedule.level(t) for stage in ("unet", "classifier"))
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def depends(jaxpr) -> list[bool]:
@@ -255,6 +283,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize(
     "config, scale, stage",
     [("ddpm", "paper", "unet"), ("dit", "paper", "dit"), ("dit", "imported", "dit")]
+    + [("adm", "paper", "classifier"), ("adm", "paper", "unet"), ("adm", "imported", "unet")]
     + [("stable_diffusion", scale, "unet") for scale in ("paper", "sd21", "sdxl")]
     + [("pixart", "imported", "quality")],
 )
@@ -266,6 +295,7 @@ def test_diffusion_systems_have_their_published_sizes(config, scale, stage):
     else:
         assert counts["network"] == published[stage]
         assert counts.get("vae") == published.get("vae")
+        assert counts.get("classifier", published.get("classifier")) == published.get("classifier")
 
 
 @pytest.mark.parametrize("scale", SCHEDULERS)

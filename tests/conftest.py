@@ -1,6 +1,7 @@
 """Shared set-up: compiled programs are kept for the session, x64 is opt-in per test, and one small trained run."""
 
 import contextlib
+import hashlib
 import os
 import runpy
 import tempfile
@@ -40,15 +41,19 @@ def tiny_runs():
     """Give it a config's path for a `stages.Run` of scale tiny, trained for two steps a stage when first asked for.
 
     Muse goes through the command line, is drawn and measured; of the others the stages are trained and that is all.
+    Configs with the same stages (the studies of one system) share what was trained first.
     """
+    from vgen.config import to_json
     from vgen.main import main
-    from vgen.stages import Run
+    from vgen.stages import RECORDED, Run
 
     made = {}
 
     def train(path: Path) -> Run:
         """In a folder of all test processes: the first one trains, the others wait for it."""
-        workdir, config = Path(SHARED) / path.stem, runpy.run_path(str(path))["get_config"]("tiny")
+        config = runpy.run_path(str(path))["get_config"]("tiny")
+        stages = to_json({name: config.get(name) for name in RECORDED})
+        workdir = Path(SHARED) / hashlib.sha256(stages.encode()).hexdigest()[:16]
         done = workdir.with_suffix(".done")
         with FileLock(workdir.with_suffix(".lock")):
             run = Run(config, workdir) if done.exists() else trained(path, config, workdir)

@@ -11,6 +11,7 @@ import vgen
 from tests.conftest import quick_compilation
 from vgen import trees
 from vgen.config import UserError
+from vgen.convert import unet_openai
 from vgen.stages import Run
 from vgen.system import System
 
@@ -18,6 +19,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from tests.convert import pipelines_test as tiny  # noqa: E402
 from tests.convert.pipelines_test import t5, vocabulary  # noqa: E402, F401  fixtures
+from tests.convert.tables import draw, export  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TOWER = dict(width=16, depth=2, heads=2, mlp_dim=24, vocab=55, length=tiny.LENGTH)
@@ -169,6 +171,39 @@ def test_pixart_is_what_load_reads(t5, tmp_path):  # noqa: F811
     assert run.task("quality").network.clone(mlp_dim=96) == vgen.load(tmp_path / "weights")[0].network.clone(
         interpolation=2.0
     )
+
+
+def test_adm_is_what_load_reads(tmp_path):
+    """Two files of state dicts, which hold no settings; the heads are those of the published networks."""
+    torch = pytest.importorskip("torch")
+    config, sizes = loaded("adm"), dict(widths=(64, 128), attention=(0, 1), blocks=1)
+    config.weights = str(tmp_path)
+    stage = config.stages.unet
+    task = stage.task
+    task.size, task.classes, stage.data.size = 16, 5, 16
+    task.network.update(sizes | dict(num_classes=5))
+    task.classifier.update(sizes | dict(image_size=16, outputs=5))
+    run = Run(config, tmp_path / "run")
+    task = run.task("unet")
+    published = {
+        "256x256_diffusion": (task.network, unet_openai.ADM),
+        "256x256_classifier": (task.classifier, unet_openai.ADM_CLASSIFIER),
+    }
+    for name, (module, family) in published.items():
+        params = draw(module, **family.inputs(module, np.random.default_rng(0)))
+        state = {key: torch.from_numpy(np.ascontiguousarray(a)) for key, a in export(family, module, params).items()}
+        torch.save(state, tmp_path / f"{name}.pt")
+    run.check()
+    found, step = run.weights("unet")
+    parts = {"network": "256x256_diffusion", "classifier": "256x256_classifier"}
+    assert step == 0 and {path.split("/")[0] for path in found} == set(parts)
+    for part, name in parts.items():
+        module, params = vgen.load(tmp_path / f"{name}.pt")
+        assert getattr(task, part) == module
+        want = trees.flatten(params)
+        assert set(trees.subtree(found, part)) == set(want)
+        for path, value in want.items():
+            np.testing.assert_array_equal(found[f"{part}/{path}"], value)
 
 
 def test_a_folder_that_is_not_named(tmp_path):

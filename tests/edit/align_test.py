@@ -103,3 +103,16 @@ def test_find():
     np.testing.assert_array_equal(align.find(ids, mask, [0]), columns([], [], [1]))  # padding is no word
     with pytest.raises(ValueError, match="word is empty"):
         align.find(ids, mask, [])
+
+
+def test_swapped():
+    marked = lambda name, *args: align.swapped(*tokens(PROMPTS[name]), *args).astype(float)
+    np.testing.assert_array_equal(marked("swap"), columns([1, 2], [2], [1]))  # of the source, for both edits
+    np.testing.assert_array_equal(marked("longer"), columns([1, 2], [2, 3], [1, 2]))
+    np.testing.assert_array_equal(marked("added"), columns([], [2], [4, 5]))
+    np.testing.assert_array_equal(marked("shorter"), columns([2, 3], [2], [1]) + columns([1], [], []))
+    assert not marked("same").any()
+    pairs = [0, 0, 2]
+    np.testing.assert_array_equal(marked("swap", pairs), columns([2], [2], []))
+    with pytest.raises(ValueError, match="row of a source prompt"):
+        marked("swap", [1, 0, 0])

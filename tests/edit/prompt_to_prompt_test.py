@@ -1,5 +1,6 @@
 """Prompt-to-Prompt against a loop over the paper's equations in numpy, its limits, and maps out of a network."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -17,7 +18,7 @@ from vgen.edit.compose import compose, run
 from vgen.edit.ilvr import ilvr
 from vgen.edit.maps import average, maps
 from vgen.edit.multidiffusion import multidiffusion
-from vgen.edit.prompt_to_prompt import LocalBlend, prompt_to_prompt
+from vgen.edit.prompt_to_prompt import LocalBlend, from_first, prompt_to_prompt
 from vgen.edit.repaint import repaint
 from vgen.edit.sdedit import sdedit
 from vgen.layers.attention import Site, kept
@@ -260,6 +261,21 @@ def test_all_strengths_are_traced(x64, params):
             edited(params, "swap", begin=0.0, words=columns([1], [3], [3])),
         ]
     assert not found and all((a != b).any() for a, b in itertools.combinations([first, *others], 2))
+
+
+def test_first_prompt_of_a_batch_is_the_source_of_the_others(x64, params):
+    """As a task's method, with tokens that are traced, it is what the plan made beforehand gives."""
+    method = from_first(0.8, 0.5, PLACES, FACTOR, threshold=0.9, start=0.0)
+    task = dataclasses.replace(TASK, method=method)
+    knobs = dict(steps=STEPS, guidance_scale=SCALE, start=jnp.asarray(NOISE))
+    run = jax.jit(lambda params, conds: task.sample(params, jax.random.key(0), conds, **knobs))
+    for name in ("swap", "longer"):
+        text, mask = tokens(PROMPTS[name])
+        got = run(params, {"text": text, "text_mask": mask})["latents"]
+        words = align.swapped(text, mask)
+        want = edited(params, name, cross=(0.0, 0.8), hold=(0.0, 0.5), words=words.astype(float), begin=0.0)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
+    assert run._cache_size() == 1
 
 
 # ----------------------------------------------------------------------------------------------------- kept maps

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vgen.data.scenes import World, classes, scene
-from vgen.metrics.scene_eval import SceneEval, SceneQuality
+from vgen.metrics.scene_eval import SceneEval, SceneQuality, diversity
 
 WORLD = dict(
     shapes=("circle", "square"), colours=("red", "blue"), textures=("solid",), sizes=("large",), max_objects=1,
@@ -49,6 +49,46 @@ def test_classes_are_read_back(labels):
     assert all(np.isnan(good["scores"]["net"][name]) for name in {"colour", "shape"} - set(stated))
     other = evaluation(Draws(lambda prompt, knobs: drawn(kinds[int(prompt) - len(kinds) // 2])))
     assert other["scores"]["net"]["scene_exact"] == 0
+
+
+def test_another_knob_is_scanned():
+    """Its name gives those of the rows; the other keeps its own, and prompts have no diversity."""
+    kinds, asked = classes(World(**WORLD), "pair"), []
+
+    def picture(prompt, knobs):
+        asked.append({name: value for name, value in knobs.items() if name != "seed"})
+        return drawn(kinds[int(prompt)])
+
+    scan = SceneEval(WORLD, prompts=1, labels="pair", knob="classifier_scale", scales=(2.5, 8.0))
+    found = scan(Draws(picture))
+    assert asked == [{}] + [{"classifier_scale": scale} for scale in (0.0, 2.5, 8.0)]
+    assert set(found["scores"]) == {"net", "net_classifier_off", "net_classifier_2.5", "net_classifier_8"}
+    assert found["protocol"]["knob"] == "classifier_scale"
+    asked.clear()
+    usual = SceneEval(WORLD, prompts=1, labels="pair", off=1.0, scales=(4.0,))(Draws(picture))
+    assert asked == [{}, {"guidance_scale": 1.0}, {"guidance_scale": 4.0}]
+    assert set(usual["scores"]) == {"net", "net_guidance_off", "net_guidance_4"}
+    assert "diversity" not in usual["scores"]["net"], "there is one picture of a class"
+    said = SceneEval(WORLD, prompts=4, split="train")(Draws(lambda prompt, knobs: drawn(kinds[0])))
+    assert "diversity" not in said["scores"]["net"]
+
+
+def test_diversity_by_hand():
+    full = lambda *values: np.stack([np.full((4, 4, 3), value, np.uint8) for value in values])
+    # of "a" all pairs, 0.2, 0.4 and 0.6 apart; of "b" one pair, 1 apart; "c" is alone
+    pictures, kinds = full(0, 51, 153, 0, 255, 77), ["a", "a", "a", "b", "b", "c"]
+    assert diversity(pictures, kinds) == pytest.approx({"diversity": (0.4 + 1.0) / 2})
+    order = [3, 1, 5, 0, 4, 2]
+    assert diversity(pictures[order], [kinds[i] for i in order]) == diversity(pictures, kinds)
+    half = np.zeros((4, 4, 3), np.uint8)
+    half[:2] = 255
+    assert diversity(np.stack([half, pictures[0]]), [0, 0]) == pytest.approx({"diversity": 0.5**0.5})
+    assert diversity(pictures, range(6)) == {}
+    noise = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
+    same, varied = SceneEval(WORLD, prompts=8, labels="pair"), iter(range(99))
+    calm = same(Draws(lambda prompt, knobs: noise[int(prompt)]))["scores"]
+    wild = same(Draws(lambda prompt, knobs: noise[next(varied) % 8]))["scores"]
+    assert calm["net"]["diversity"] == 0 and wild["net"]["diversity"] > 0.3
 
 
 def test_scenes_are_told_from_noise_and_their_pairs_counted():

@@ -149,6 +149,21 @@ def test_classifier_guidance_raises_the_probability(solver, knobs, params):
 
     off, on = (log_prob(run(scale)["latents"]) for scale in (0.0, 3.0))
     assert on > off
+    assert jnp.abs(run(0.0)["latents"]).max() <= 1
+    # the last step of DDIM is its steered x0, of the other its mean: neither is clipped again
+    assert jnp.abs(run(300.0)["latents"]).max() > 1
+
+
+def test_a_network_without_classes_is_guided_by_the_classifier_alone(params):
+    """ADM's unconditional models under guidance: labels are the classifier's business."""
+    net = PIXELS.network.clone(num_classes=None)
+    task = dataclasses.replace(PIXELS, network=net, drop=0.0)
+    given = params[8] | {"network": {k: v for k, v in params[8]["network"].items() if k != "labels"}}
+    run = jax.jit(lambda label, scale: task.sample(given, KEY, {"label": label}, classifier_scale=scale, steps=3))
+    free, other = (run(label, 0.0)["latents"] for label in (BATCH["label"], OTHER["label"]))
+    np.testing.assert_array_equal(free, other)
+    led, other = (run(label, 5.0)["latents"] for label in (BATCH["label"], OTHER["label"]))
+    assert jnp.abs(led - free).max() > 1e-3 and jnp.abs(led - other).max() > 1e-3
 
 
 def test_other_shapes_and_settings_refused(params):

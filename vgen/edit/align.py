@@ -70,6 +70,21 @@ def replace(tokens: Tokens, mask: Mask, source: Sequence[int] | None = None, wor
     return _align(tokens, mask, source, words, swap=True)
 
 
+def swapped(tokens: Tokens, mask: Mask, source: Sequence[int] | None = None) -> Bool[np.ndarray, "b m"]:
+    """Which tokens of each edited prompt its source has no equal of, and of each source any of its edits, bool [b, m].
+
+    tokens, mask, source: see `refine`.
+    """
+    tokens, mask = np.asarray(tokens), np.asarray(mask, bool)
+    found = np.zeros(tokens.shape, bool)
+    for row, origin in enumerate(_sources(source, len(tokens))):
+        ends = mask[origin].sum(), mask[row].sum()
+        equal = matches(tokens[origin, : ends[0]].tolist(), tokens[row, : ends[1]].tolist())
+        for place, end, shared in zip((origin, row), ends, zip(*equal) if equal else ((), ())):
+            found[place, :end] |= ~np.isin(np.arange(end), shared)
+    return found
+
+
 def find(tokens: Tokens, mask: Mask, word: Sequence[int]) -> Bool[np.ndarray, "b m"]:
     """Where the run of ids `word` stands in each prompt, bool [b, m]: for equalizers, masks and maps of words.
 
@@ -88,9 +103,7 @@ def find(tokens: Tokens, mask: Mask, word: Sequence[int]) -> Bool[np.ndarray, "b
 def _align(tokens, mask, source, words, swap):
     tokens, mask = np.asarray(tokens), np.asarray(mask, bool)
     b, m = tokens.shape
-    source = np.zeros(b, np.int32) if source is None else np.asarray(source, np.int32)
-    if source.shape != (b,) or (source[source] != source).any():
-        raise ValueError(f"align: source must have the row of a source prompt for each of {b} rows, got {source}")
+    source = _sources(source, b)
     numbers = np.broadcast_to(np.arange(m), (b, m)) if words is None else np.asarray(words)
     mapper, share = np.tile(np.eye(m), (b, 1, 1)), np.zeros((b, m))
     units = [_units(*row) for row in zip(tokens, mask, numbers)]
@@ -104,6 +117,14 @@ def _align(tokens, mask, source, words, swap):
         padding = np.arange(max(n, mask[origin].sum()), m)
         mapper[row, padding, padding] = share[row, padding] = 1
     return Alignment(mapper, share, source)
+
+
+def _sources(source, b):
+    """int32 [b], the first row where nothing is given."""
+    source = np.zeros(b, np.int32) if source is None else np.asarray(source, np.int32)
+    if source.shape != (b,) or (source[source] != source).any():
+        raise ValueError(f"align: source must have the row of a source prompt for each of {b} rows, got {source}")
+    return source
 
 
 def _units(tokens, mask, numbers):

@@ -1,11 +1,14 @@
 """Prompt-to-Prompt: edit a picture by its prompt, with the attention maps of the unedited one (Hertz et al. 2022)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from vgen.edit import align
 from vgen.edit.align import Alignment
 from vgen.edit.compose import compose
 from vgen.edit.maps import collect, copies
@@ -76,6 +79,38 @@ def prompt_to_prompt(
 
     edit = Edit(hook=Intervention(before=before), control=AttentionControl(probs=probs))
     return edit if blend is None else compose(edit, _blended(blend, source, num_steps))
+
+
+def from_first(
+    cross_replace: float = 0.8,
+    self_replace: float = 0.4,
+    self_places: int = 16 * 16,
+    factor: int | None = None,
+    threshold: float = 0.3,
+    start: float = 0.2,
+) -> Callable[[Any, Any], Edit]:
+    """(conds, steps) -> Edit of a batch whose first prompt is the source of all others, by `align.replace`.
+
+    conds: text, text_mask [b, m], may be traced.  factor, threshold, start: of a LocalBlend on the words that differ,
+    of all edits together in the source; None for no blend.  The others: see `prompt_to_prompt`.
+    """
+
+    def aligned(tokens, mask):
+        made = align.replace(tokens, mask)
+        return made.mapper.astype(np.float32), made.share.astype(np.float32), align.swapped(tokens, mask)
+
+    def edit(conds, steps):
+        b, m = conds["text"].shape
+        kinds = ((b, m, m), jnp.float32), ((b, m), jnp.float32), ((b, m), bool)
+        out = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
+        mapper, share, words = jax.pure_callback(aligned, out, conds["text"], conds["text_mask"])
+        blend = None if factor is None else LocalBlend(words, factor, threshold, start)
+        return prompt_to_prompt(
+            Alignment(mapper, share, jnp.zeros(b, jnp.int32)), steps, cross_replace=cross_replace,
+            self_replace=self_replace, self_places=self_places, blend=blend,
+        )  # fmt: skip
+
+    return edit
 
 
 def _within(bounds, step, count):

@@ -5,7 +5,7 @@ Sources: Ho et al. 2020 (DDPM); Nichol & Dhariwal 2021; Ho & Salimans 2022 (clas
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,9 +18,10 @@ from vgen.data import images as image_ops
 from vgen.diffusion import losses as objectives
 from vgen.diffusion import predictions, solvers, times
 from vgen.diffusion.schedules import Schedule
-from vgen.edit import compose, repaint, sdedit
+from vgen.edit import compose, from_image
 from vgen.layers import attention
 from vgen.models.autoencoder import AutoencoderKL
+from vgen.tasks import cached
 from vgen.types import Batch, Context, Edit, Loss, Params
 
 THRESHOLDS = ("none", "clip", "dynamic")
@@ -35,7 +36,8 @@ class Diffuse:
     size: pixels of the pictures.  vae: the frozen first stage, or None for diffusion of pixels.
     scale_by_std: latents are divided by the standard deviation of the first training batch (Rombach et al. 2022, D.1),
       kept below `latents`; for a vae that was trained along, whose scale nobody knows.
-    classes: of the labels; the network has one class more, which stands for none, where `drop` is not 0.
+    classes: of the labels; the network has one class more, which stands for none, where `drop` is not 0.  A network
+      whose num_classes is None is not told them: they are then the classifier's alone.
     text_encoder: called as (tokens, mask) -> states, (states, mask) or {context, context_mask, pooled}; its parameters
       train along when `train_text`, else they are frozen.  empty, pad_id: ids of the empty text, and of the padding.
     zero_empty: no text is zeros, in the place of what the encoder says of the empty text (SDXL's published sampling).
@@ -47,8 +49,12 @@ class Diffuse:
     pure_start: sampling begins from sigma times the noise, without the alpha of the first row (k-diffusion's samplers).
     threshold: of x0 while sampling: "none", "clip" to [-1, 1], or "dynamic".  rescale: phi of `guidance.rescaled`.
     classifier: of noised pictures with logits over `classes`, frozen below `classifier`; for the knob classifier_scale.
+    image_edit: what is done with a picture to edit, see `vgen.edit.from_image`.
+    method: an Edit of all sampling, or a function (conds, steps) -> Edit of a batch's; behind all other edits.
+    picture: pixels (height, width) of what is sampled, `size` both by default.
 
-    Parameters: network and, where there are such parts, vae, text_encoder, classifier, latents {scale}.
+    Parameters: network and, where there are such parts, vae, text_encoder, classifier, latents {scale}.  A batch may
+    hold features (see `vgen.tasks.cached`) in the place of image and text.
     Raises ValueError for settings that contradict each other.
     """
 
@@ -80,6 +86,9 @@ class Diffuse:
     threshold: str = "none"
     rescale: float = 0.0
     classifier: nn.Module | None = None
+    image_edit: Callable[..., Edit] = from_image.usual
+    method: Any = None
+    picture: tuple[int, int] | None = None
 
     def __post_init__(self):
         predictions.kind_of(self.prediction)
@@ -122,13 +131,15 @@ class Diffuse:
         return height // factor, width // factor, 3 if self.vae is None else self.vae.latent_channels
 
     def init(self, key, batch: Batch) -> Params:
-        """All parameters, the frozen ones too (of the right shapes)."""
+        """All parameters, the frozen ones too (of the right shapes), but for those that a batch of features spares."""
         keys = jax.random.split(key, 4)
         image, t = jnp.zeros((1, self.size, self.size, 3)), jnp.zeros(1)
         params = {"latents": {"scale": jnp.ones(())}} if self.scale_by_std else {}
-        if self.vae is not None:
+        if self.vae is not None and "latent_mean" not in batch:
             params["vae"] = self.vae.init(keys[0], image)["params"]
-        if self.text_encoder is not None:
+        if self.null_text and "context" in batch:
+            params["empty"] = {name: jnp.zeros_like(x[0]) for name, x in cached.text(batch).items()}
+        elif self.text_encoder is not None and "context" not in batch:
             text = batch["text"][:1], batch["text_mask"][:1]
             params["text_encoder"] = self.text_encoder.init(keys[1], *text)["params"]
         if self.classifier is not None:
@@ -145,29 +156,25 @@ class Diffuse:
     def condition(self, params: Params, batch: Batch, keep, train: bool = False, key=None) -> dict[str, Any]:
         """What the network is called with beside x and t; where keep [b] is False, the absence of a condition.
 
-        batch: label [b]; text, text_mask [b, l]; optional beside [b, h, w, c], further channels of the input; optional
-        original, corner, target [b, 2], the sizes and crops of `micro`, in pixels (height, width).
+        batch: label [b]; text, text_mask [b, l], or features of them; optional beside [b, h, w, c], further channels of
+        the input; optional original, corner, target [b, 2], the sizes and crops of `micro`, in pixels (height, width).
         """
         cond, b = {}, keep.shape[0]
-        if self.classes:
+        if self.classes and getattr(self.network, "num_classes", self.classes) is not None:
             cond["labels"] = jnp.where(keep, batch["label"], self.classes) if self.drop else batch["label"]
         if self.text_encoder is not None:
-            tokens, mask = jnp.asarray(batch["text"]), jnp.asarray(batch["text_mask"])
-            own = getattr(self.network, "null_tokens", 0)  # PixArt has a null context of its own
-            if not own:
-                tokens, mask = self._dropped(tokens, mask, keep)
-            kwargs = dict(train=True, rngs={"dropout": key}) if train and self.train_text else {}
-            said = _named(self.text_encoder.apply({"params": params["text_encoder"]}, tokens, mask, **kwargs), mask)
+            said = self._said(params, batch, keep, train and self.train_text, key)
             if self.zero_empty:
                 said |= {k: v * predictions.spread(keep, v) for k, v in said.items() if k in ("context", "pooled")}
             cond |= said
-            if own:
+            if not self.null_text:
                 cond["keep_context"] = keep
         size = jnp.full((b, 2), float(self.size))
         pooled = cond.pop("pooled", None)
         if self.micro == "size":
             size = batch.get("original", size)
-            cond |= {"size": size, "aspect": size[:, 0] / size[:, 1]}
+            target = batch.get("target", size)  # in training, the ratio is that of the bucket
+            cond |= {"size": size, "aspect": target[:, 0] / target[:, 1]}
         elif self.micro == "crop":
             numbers = [batch.get("original", size), batch.get("corner", 0 * size), batch.get("target", size)]
             cond["added"] = (pooled, jnp.concatenate(numbers, -1))
@@ -175,7 +182,23 @@ class Diffuse:
             cond["beside"] = batch["beside"]
         return cond
 
-    def _dropped(self, tokens, mask, keep):
+    def _said(self, params, batch, keep, train, key):
+        """What the text encoder says, or said, of the texts that are kept; of the empty text elsewhere."""
+        if "context" in batch:
+            said = cached.text(batch)
+            return cached.dropped(said, params["empty"], keep) if self.null_text else said
+        tokens, mask = jnp.asarray(batch["text"]), jnp.asarray(batch["text_mask"])
+        if self.null_text:
+            tokens, mask = self.empty_text(tokens, mask, keep)
+        kwargs = dict(train=True, rngs={"dropout": key}) if train else {}
+        return cached.named(self.text_encoder.apply({"params": params["text_encoder"]}, tokens, mask, **kwargs), mask)
+
+    @property
+    def null_text(self) -> bool:
+        """Whether the empty text stands for none; PixArt has a null context of its own."""
+        return self.text_encoder is not None and not getattr(self.network, "null_tokens", 0)
+
+    def empty_text(self, tokens, mask, keep):
         """The empty text where keep is False."""
         length = tokens.shape[1]
         empty = jnp.asarray((*self.empty, *[self.pad_id] * length)[:length], tokens.dtype)
@@ -213,17 +236,36 @@ class Diffuse:
 
     def encode(self, params: Params, images, key=None):
         """x0 [b, h, w, c] of uint8 images: the pictures, or latents, drawn with a key and the mode without."""
+        return self._latents(params, self.pixels(images), key)
+
+    def pixels(self, images, bucketed: bool = False):
+        """float [b, h, w, 3] in [-1, 1] of uint8 images; squares of a multiple of the size shrink to it.
+
+        bucketed: these are of the size that they are to have.
+        Raises ValueError for those of a bucket that is no multiple of the pixels per latent.
+        """
         x = image_ops.to_float(images)
-        if x.shape[1] != self.size and x.shape[1] % self.size == 0 and x.shape[1] == x.shape[2]:
+        if bucketed:
+            self.latent_shape(x.shape[1:3])
+        elif x.shape[1] != self.size and x.shape[1] % self.size == 0 and x.shape[1] == x.shape[2]:
             x = image_ops.downsample(x, x.shape[1] // self.size)
-        return self._latents(params, x, key)
+        return x
+
+    def _x0(self, params, batch: Batch, key=None):
+        """`encode` of a batch: of its latents, or its pictures."""
+        if "latent_mean" in batch:
+            return self._normal(params, cached.latents(batch, key))
+        return self._latents(params, self.pixels(batch["image"], "target" in batch), key)
 
     def _latents(self, params, x, key=None):
         """The same of pictures in [-1, 1]."""
         if self.vae is None:
             return x
         posterior = self.vae.apply({"params": jax.lax.stop_gradient(params["vae"])}, x, method="encode")
-        z = self.vae.normalize(posterior.mode() if key is None else posterior.sample(key))
+        return self._normal(params, posterior.mode() if key is None else posterior.sample(key))
+
+    def _normal(self, params, z):
+        z = self.vae.normalize(z)
         return z * params["latents"]["scale"] if self.scale_by_std else z
 
     def beside(self, params: Params, image, mask):
@@ -244,12 +286,14 @@ class Diffuse:
             x0 = self.vae.apply({"params": params["vae"]}, z, method="decode")
         return jnp.clip(x0, -1, 1)
 
+    feature_parts, features, empty_features = cached.feature_parts, cached.features, cached.empty_features  # methods
+
     # ------------------------------------------------------------------------------------------------------- losses
 
     def losses(self, params: Params, ctx: Context, batch: Batch, key) -> dict[str, Loss]:
         """{"main"}: the weighted error of the prediction, with the bound of the variance where it is learned."""
         latent_key, time_key, noise_key, drop_key, dropout_key = jax.random.split(key, 5)
-        x0 = self.encode(params, batch["image"], latent_key)
+        x0 = self._x0(params, batch, latent_key)
         updates = {}
         if self.scale_by_std:
             factor = jnp.where(ctx.step == 0, 1 / jnp.std(x0), 1.0)
@@ -289,27 +333,30 @@ class Diffuse:
 
         conds: label [b]; text, text_mask [b, l]; optional negative, negative_mask (in the place of no text); what else
         `condition` reads.  Optional image uint8 [b, h, w, 3] to edit, and mask bool [b, h, w], True where it is made
-        anew: with a mask by RePaint's replacement, without one by SDEdit, from `strength` of the way up.
+        anew, for `image_edit`: by default with a mask RePaint's replacement, without one SDEdit from `strength` of the
+        way up.
         guidance_scale: s of uncond + s (cond - uncond); 1 is the condition alone.  steps: at most max_steps.
-        edit: further Edit around the loop.  shape: pixels (height, width) of the pictures, `size` by default.
+        edit: further Edit around the loop.  shape: pixels (height, width) of the pictures, `picture` by default.
         start: the noise to begin from, of variance 1.  batch_size: the number of pictures, where no condition tells it.
         states: also return "states", what the hooks of the edits end with, for `edit.maps.average`.
         """
         b = len(next(iter(conds.values()))) if conds else batch_size or 1
+        shape = shape or self.picture
         if shape is not None:
             told = jnp.broadcast_to(jnp.asarray(shape, float), (b, 2))
             conds = {"original": told, "target": told, **conds}
         edits = [self._edit(params, conds, strength)] if "image" in conds else []
-        edit = compose.compose(*edits, *([edit] if edit is not None else []))
+        method = self.method(conds, steps) if callable(self.method) else self.method
+        edit = compose.compose(*edits, *(each for each in (edit, method) if each is not None))
         denoise = self._guided(params, conds, b, guidance_scale, edit.control)
         guide = self._classifier(params, conds, classifier_scale)
         knobs = dict(self.solver_knobs)
-        if guide is not None and self.solver == "ddpm":
-            knobs["guide"] = guide
-        elif guide is not None:
-            denoise = guidance.steer(denoise, guide)
         if self.threshold != "none":
             denoise = guidance.clip(denoise) if self.threshold == "clip" else guidance.dynamic_threshold(denoise)
+        if guide is not None and self.solver == "ddpm":
+            knobs["guide"] = guide
+        elif guide is not None:  # behind the threshold, as in openai/guided-diffusion (ddim_sample)
+            denoise = guidance.steer(denoise, guide)
         sampler, grid = solvers.solver(
             self.solver, self.schedule, steps, self.max_steps, knobs, edit.times, **self.grid_knobs
         )
@@ -352,10 +399,8 @@ class Diffuse:
 
     def _edit(self, params, conds, strength) -> Edit:
         image = self.encode(params, conds["image"])
-        if "mask" not in conds:
-            return sdedit.sdedit(image, strength)
-        known = 1 - _shrunk(conds["mask"], image.shape[1:3])
-        return repaint.repaint(image, known, jump_length=1, repeats=1)
+        known = 1 - _shrunk(conds["mask"], image.shape[1:3]) if "mask" in conds else None
+        return self.image_edit(image, known, strength, self.schedule)
 
     # -------------------------------------------------------------------------------------------------- measurement
 
@@ -366,7 +411,7 @@ class Diffuse:
         """
 
         def measure(params, batch, key):
-            x0 = self.encode(params, batch["image"])
+            x0 = self._x0(params, batch)
             b = x0.shape[0]
             t = times.place((jnp.arange(b) + 0.5) / b, self.schedule)
             noised = objectives.diffuse(key, x0, self.schedule, t)
@@ -381,20 +426,12 @@ class Diffuse:
 
         run, rows = jax.jit(measure), []
         wanted = ("image", "text", "text_mask", "label", "original", "corner", "target", "beside")
+        wanted += (*cached.LATENTS, *cached.TEXT)
         for i, batch in enumerate(batches):
             rows.append(run(params, {k: batch[k] for k in wanted if k in batch}, jax.random.fold_in(key, i)))
         if not rows:
             raise ValueError("Diffuse.evaluate: no batches; the evaluation data is empty")
         return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-
-
-def _named(out, mask) -> dict[str, Any]:
-    """What a text encoder returned, under the names that networks know."""
-    if isinstance(out, Mapping):
-        return dict(out)
-    if isinstance(out, tuple):
-        return {"context": out[0], "context_mask": out[1]}
-    return {"context": out, "context_mask": mask}
 
 
 def _shrunk(mask, shape):

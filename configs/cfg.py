@@ -1,0 +1,50 @@
+"""Classifier-free guidance: pictures pushed away from what the system would draw without being told anything.
+
+Paper
+  Ho, Salimans, 2022, Classifier-free diffusion guidance, arXiv:2207.12598. The rescaling of guided predictions: Lin,
+  Liu, Li, Yang, 2023, Common diffusion noise schedules and sample steps are flawed, arXiv:2305.08891, section 3.4.
+
+Parts
+  The system of configs/ldm.py, whose captions are dropped in a tenth of its training; vgen/guidance.py.
+  A scale s here is s cond + (1 - s) uncond, which is the paper's w = s - 1; 1 is no guidance.
+
+Commands
+  On what ldm has trained (without it the first command trains it):
+  python -m vgen.main --config=configs/cfg.py --workdir=runs/ldm --mode=eval
+  python -m vgen.main --config=configs/cfg.py --workdir=runs/ldm --mode=sample --guidance_scale=5 --prompt="a red star"
+  Rescaled: --config.generate.task.unet.rescale=0.7
+
+Published numbers
+  ImageNet, FID and Inception score at s. 64 px: s = 1 1.80, s = 1.1 1.55, s = 5 IS 260. 128 px, 256 steps: s = 1 7.27,
+  s = 1.3 2.43 (IS 158), s = 5 IS 421.
+
+Measured numbers
+  None yet: no scale has been trained to its end.
+  Rows of eval_cfg.json: scale_<s> and scale_<s>_rescale_0.7, with colour, shape, relation, scene_exact and diversity.
+"""
+
+from ml_collections import ConfigDict
+
+from vgen import recipes
+
+SCALES = ("tiny", "mini", "small", "paper")
+
+PUBLISHED = dict(
+    imagenet_64=dict(scales=(1.0, 1.1), fid=(1.80, 1.55)), imagenet_128=dict(scales=(1.0, 1.3), fid=(7.27, 2.43))
+)
+
+EVAL = dict(
+    tiny=dict(captions=4, scales=(1.0, 3.0)),
+    mini=dict(captions=64, each=2, scales=(1.0, 1.5, 2.0, 3.0, 5.0, 8.0)),
+    small=dict(captions=256, each=4, scales=(1.0, 1.5, 2.0, 3.0, 5.0, 8.0)),
+)
+
+
+def get_config(scale: str = "mini") -> ConfigDict:
+    """configs/ldm.py at one scale, measured at several scales of guidance, with rescaling and without."""
+    config = recipes.study(__file__, "ldm", scale, name="cfg", published=PUBLISHED)
+    config.generate.task = ConfigDict(dict(unet=dict(rescale=0.0)))
+    if scale in EVAL:
+        study = dict(target="vgen.metrics.text_edit_eval:CfgStudy", world=config.eval.world)
+        config.eval = ConfigDict(study | EVAL[scale])
+    return config
