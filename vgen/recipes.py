@@ -197,6 +197,7 @@ def diffusion(
     autoencoding: Mapping[str, Any] | None = None,
     labels: str = "",
     cached: int = 0,
+    vae_world: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`stages` and `order` of a config that trains Diffuse on scenes: a stage of that name and, for latents, one ahead
     of it, "vae".
@@ -204,6 +205,7 @@ def diffusion(
     task: settings of Diffuse: network, size, ...  settings: of `train`.  world, labels, cached: of the data.
     vae: arguments of AutoencoderKL, such as those of KL, or None for diffusion of pixels; its latents are scaled to
       variance 1.  autoencoding: settings of `autoencoder`: steps, batch, lr, ...
+    vae_world: of the autoencoder's pictures, `world` by default.
     """
     task = dict(target="vgen.tasks.diffuse:Diffuse", **task)
     stage = dict(
@@ -216,7 +218,8 @@ def diffusion(
     task |= dict(vae=model, scale_by_std=True)
     stage["init"] = dict(vae=dict(stage="vae", without="discriminator|lpips"))
     held = held_out(world, eval_count, batches=8)
-    first = autoencoder(model, data=scenes(task["size"], world), evaluate=held, **autoencoding)
+    pictures = scenes(task["size"], vae_world or world)
+    first = autoencoder(model, data=pictures, evaluate=held, **autoencoding)
     return dict(stages={"vae": first, name: stage}, order=("vae", name))
 
 
@@ -237,12 +240,15 @@ def text_unet(
     autoencoder: Mapping[str, Any] | None = None,
     cached: int = 0,
     scales: tuple[float, ...] = (),
+    vae_world: Mapping[str, Any] | None = None,
+    asked_world: Mapping[str, Any] | None = None,
     **diffuse,
 ) -> dict[str, Any]:
     """A config of a U-Net told of a text by cross-attention, trained on scenes of `size` pixels with its encoder.
 
     encoder: spec of the text encoder, whose states are `width` wide.  net: arguments of UNet.  text: of `bpe`.
-    world, eval_count, vae, autoencoder, cached: see `diffusion`.  unet: of `train`.  knobs: of `generate`.
+    world, eval_count, vae, autoencoder, cached, vae_world: see `diffusion`.  asked_world: of the evaluation, `world` by
+    default.  unet: of `train`.  knobs: of `generate`.
     eval_prompts, scales: of `scene_eval`.  diffuse: other settings of Diffuse.
     """
     channels = vae["latent_channels"] if vae else 3
@@ -252,13 +258,13 @@ def text_unet(
     task = dict(network=network, size=size, text_encoder=encoder, train_text=True, **diffuse)
     stages = diffusion(
         "unet", task, world=world, eval_count=eval_count, settings=unet, vae=vae, autoencoding=autoencoder,
-        cached=cached,
+        cached=cached, vae_world=vae_world,
     )  # fmt: skip
     return dict(
         **stages,
         text=bpe(**text),
         generate=generate("unet", **knobs),
-        eval=scene_eval(world, eval_prompts, off=1.0, scales=scales),
+        eval=scene_eval(asked_world or world, eval_prompts, off=1.0, scales=scales),
         prompts=prompts,
     )
 

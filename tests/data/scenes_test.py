@@ -227,7 +227,7 @@ def test_labels_are_classes_of_the_first_object(labels, count):
 # ------------------------------------------------------------------------------------------------------------ captions
 
 
-@pytest.mark.parametrize("world", [FULL, MINI, World(relations=("above",)), World(relations=())])
+@pytest.mark.parametrize("world", [FULL, MINI, World(relations=("above",)), World(relations=()), World(canonical=0.7)])
 def test_captions_parse_to_their_claims_and_are_true(world):
     stated = Counter()
     for i in range(400):
@@ -392,3 +392,21 @@ def test_lattice_keeps_few_places_and_everything_else():
     for wrong in (dict(lattice=3), dict(lattice=-1), dict(lattice=8, max_objects=3), dict(lattice=8, occlusion=True)):
         with pytest.raises(ValueError, match="lattice"):
             World(**(small | wrong))
+
+
+def test_canonical_captions_are_told_from_the_left_and_from_above():
+    """Most of them; the pictures stay as they are."""
+    plain = World(max_objects=2)
+    told, first = Counter(), Counter()
+    for share, counts in ((0.0, first), (0.75, told)):
+        world = dataclasses.replace(plain, canonical=share)
+        for i in range(400):
+            counts.update(name for _, name, _ in compose(world, i)[2].relations)
+    total, moved = sum(first.values()), first["right of"] + first["below"]
+    assert sum(told.values()) == total > 150 and 0.4 < moved / total < 0.6
+    assert 0.15 < (told["right of"] + told["below"]) / moved < 0.35
+    one, other = (scene(dataclasses.replace(plain, canonical=share), 5, 32) for share in (0.0, 1.0))
+    np.testing.assert_array_equal(one["image"], other["image"])
+    for wrong in (dict(canonical=1.5), dict(canonical=0.5, relations=("right of", "below"))):
+        with pytest.raises(ValueError, match="World.canonical must be in"):
+            World(**wrong)
