@@ -44,12 +44,6 @@ def get_config(scale: str = "mini") -> ConfigDict:
 # ------------------------------------------------------------------------------------------------------ small worlds
 
 
-# Eight colours, so that every shape is seen in many before it is asked for in another.  The autoencoder sees objects
-# anywhere, and so outlines of every kind in every colour; the U-Net sees them on the lattice alone.
-FREE = recipes.WORLD | dict(colours=("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"))
-WORLD = FREE | dict(lattice=8)
-
-
 def _world(*, text, encoder, diffuse, **kwargs):
     """Both stages on scenes, by `recipes.text_unet`.  encoder: arguments of TextTransformer.  diffuse: of Diffuse."""
     states = dict(target="vgen.models.text:TextTransformer", length=text["length"], vocab=text["vocab_size"], **encoder)
@@ -78,7 +72,7 @@ def _mini():
     flow = dict(schedule=dict(target="vgen.diffusion.schedules:rectified_flow"), prediction="flow", time_scale=1000.0)
     late = dict(draw=dict(how="logit_normal", mean=1.4, std=1.2), grid_knobs=dict(shift=4.0), max_steps=100)
     return _world(
-        size=32, world=WORLD | dict(canonical=0.7), vae_world=FREE, asked_world=WORLD, cached=60_000, eval_count=512,
+        size=32, world=recipes.TOLD, vae_world=recipes.FREE, asked_world=recipes.LATTICE, cached=60_000, eval_count=512,
         vae=recipes.KL["mini"], autoencoder=recipes.AUTOENCODING["mini"],
         net=dict(widths=(64, 128), attention=(0, 1), blocks=1, heads=4, groups=8), diffuse=flow | late,
         text=dict(length=20, vocab_size=512), encoder=dict(depth=0, width=128, heads=4, mlp_dim=256),

@@ -67,11 +67,12 @@ def get_config(scale: str = "mini") -> ConfigDict:
 
 def _world(
     *, size, world, cached, eval_count, tokenizer, decoder, discriminator, autoencode, base, superres, text, steps,
-    batch, lr, adversarial_start, generate, max_steps, eval_prompts, prompts, optim=None,
+    batch, lr, adversarial_start, generate, max_steps, eval_prompts, prompts, optim=None, free=None, asked=None,
 ):  # fmt: skip
     """All four stages on scenes, with one tokenizer for both resolutions; `size` is that of super-resolution.
 
-    optim: of both transformers.
+    optim: of both transformers.  free, asked: worlds of the tokenizer's pictures and of the evaluation, `world` both by
+    default.
     """
     low = size // 2
     vqgan = recipes.vqgan(**tokenizer)
@@ -79,7 +80,7 @@ def _world(
     gan = recipes.discriminator(**discriminator)
     factor = recipes.pixels_per_token(tokenizer)
     grids = dict(low=(low // factor,) * 2, high=(size // factor,) * 2)
-    data = recipes.scenes(size, world)
+    data, pictures = recipes.scenes(size, world), recipes.scenes(size, free or world)
     small_data = dict(data, size=low, cached=cached)  # the base model alone is fast enough to wait for the drawing
     held_out = recipes.held_out(world, eval_count)
     codes = tokenizer["num_codes"]
@@ -92,7 +93,7 @@ def _world(
         return dict(target="vgen.tasks.tokens:MaskedTokens", label_smoothing=0.0, tokenizer=large, text_encoder=encoder,
                     transformer=transformer, max_steps=max_steps, **kwargs)  # fmt: skip
 
-    auto = dict(data=data, evaluate=dict(held_out, batches=8), crop_size=low, **autoencode)
+    auto = dict(data=pictures, evaluate=dict(held_out, batches=8), crop_size=low, **autoencode)
     finer = dict(train="decoder", gan_start=0, perceptual=0.2, continuous_steps=0)
     tuned = ("encoder", "quantizer") if decoder else ("encoder", "quantizer", "decoder")  # of equal size: a warm start
     superres = dict(target="vgen.models.muse:SuperResTransformer", vocab=codes, grid=grids["high"], low_vocab=codes,
@@ -123,7 +124,7 @@ def _world(
         order=("tokenizer", "decoder", "base", "superres"),
         text=recipes.bpe(text["length"], text["vocab_size"]),
         generate=generate,
-        eval=recipes.scene_eval(world, eval_prompts),
+        eval=recipes.scene_eval(asked or world, eval_prompts),
         prompts=prompts,
     )
 
@@ -154,12 +155,12 @@ def _generate(*, batch_size, steps=(24, 8), guidance=(4.0, 4.0), choice=(4.5, 4.
 
 def _mini():
     return _world(
-        size=64, world=recipes.LATTICE, cached=40_000, eval_count=512,
+        size=64, world=recipes.TOLD, free=recipes.FREE, asked=recipes.LATTICE, cached=60_000, eval_count=512,
         tokenizer=recipes.TOKENIZERS["mini"], decoder={}, discriminator=dict(channels=16, layers=2, norm="group"),
         autoencode=recipes.TOKENIZER_LOSSES["mini"], adversarial_start=False,
         base=dict(depth=4, width=128, heads=4, mlp_dim=512, unroll=4, relative=True, by_codes=True),
         superres=dict(depth=3, low_depth=1, width=128, heads=4, mlp_dim=512, unroll=3, relative=True, by_codes=True),
-        text=dict(length=20, vocab_size=512, net=dict(depth=1, width=128, heads=4, mlp_dim=256)),
+        text=dict(length=20, vocab_size=512, net=dict(depth=0, width=128, heads=4, mlp_dim=256)),
         steps=dict(tokenizer=2500, decoder=150, base=4000, superres=800),
         batch=dict(tokenizer=16, decoder=16, base=32, superres=8),
         lr=dict(tokenizer=3e-3, decoder=5e-4, base=2e-3, superres=2e-3), optim=dict(name="muon"),

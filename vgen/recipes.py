@@ -11,13 +11,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-# Of tiny and, on a lattice of eighths, of mini: one or two large objects, four shapes, six colours, plain, on two
-# backgrounds.
+# Of tiny: one or two large objects, four shapes, six colours, plain, on two backgrounds.
 WORLD = dict(
     shapes=("circle", "square", "triangle", "star"), textures=("solid",), sizes=("large",),
     colours=("red", "yellow", "green", "blue", "purple", "cyan"), backgrounds=("white", "grey"), max_objects=2,
 )  # fmt: skip
-LATTICE = WORLD | dict(lattice=8)
+# Of systems of text at mini: all eight colours, so that every shape is seen in many before it is asked for in another.
+# Autoencoders see objects anywhere, and so outlines of every kind in every colour; generators see them on a lattice of
+# eighths, told mostly from the left and from above, and are asked for them told at random.
+FREE = WORLD | dict(colours=("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink"))
+LATTICE = FREE | dict(lattice=8)
+TOLD = LATTICE | dict(canonical=0.7)
 # For systems that take a class: one object, every pair of colour and shape in training.
 CLASSES = WORLD | dict(max_objects=1, heldout=())
 
