@@ -161,7 +161,7 @@ def _mini():
         base=dict(depth=4, width=128, heads=4, mlp_dim=512, unroll=4, relative=True, by_codes=True),
         superres=dict(depth=3, low_depth=1, width=128, heads=4, mlp_dim=512, unroll=3, relative=True, by_codes=True),
         text=dict(length=20, vocab_size=512, net=dict(depth=0, width=128, heads=4, mlp_dim=256)),
-        steps=dict(tokenizer=2500, decoder=150, base=4000, superres=800),
+        steps=dict(tokenizer=2500, decoder=150, base=3600, superres=800),
         batch=dict(tokenizer=16, decoder=16, base=32, superres=8),
         lr=dict(tokenizer=3e-3, decoder=5e-4, base=2e-3, superres=2e-3), optim=dict(name="muon"),
         generate=_generate(batch_size=64, guidance=(1.0, 1.0)), max_steps=128, eval_prompts=256, prompts=PROMPTS,

@@ -171,7 +171,7 @@ class MaskedTokens:
 
     def _codes(self, params) -> dict[str, Any]:
         """The codebooks that a transformer with by_codes is told."""
-        if not self.transformer.by_codes:
+        if not getattr(self.transformer, "by_codes", False):
             return {}
         codes = {"codes": params["tokenizer"]["quantizer"]["codebook"]}
         return codes | ({"low_codes": params[self._low_name]["quantizer"]["codebook"]} if self.superres else {})
