@@ -20,7 +20,18 @@ Published numbers
   ImageNet 256: FID 10.56, with guidance 1.5 3.60. KL autoencoder f8: rFID 0.90, 83,653,863 parameters.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini, from nothing on one of two CPU cores, the other at work for others: 26 minutes, compilation, sampling and
+  evaluation included (22 of processor time).  The goal is 20 on both; that was not measured.
+  Autoencoder: 29.7 dB on held-out scenes.  256 held-out prompts, seed 0, 25 DDIM steps, read by the scene oracle:
+    guidance off  colour 0.89  shape 0.76  relation 0.78  scene_exact 0.57
+    1.5           colour 0.91  shape 0.81  relation 0.81  scene_exact 0.65
+    2 (default)   colour 0.915 shape 0.835 relation 0.83  scene_exact 0.70
+    3             colour 0.90  shape 0.80  relation 0.85  scene_exact 0.64
+    5             colour 0.84  shape 0.69  relation 0.75  scene_exact 0.51
+  The goals are 0.90, 0.70 and, missed by 0.02 at 2, 0.85 for relations.  A sixth of the pictures holds an object that is
+  too soft for the oracle, which costs all of them.  Captions are told mostly from the left and from above in training and
+  at random when asked (World.canonical): told at random in training, words were bound to places by chance even after
+  217,600 samples, with colour 0.98, shape 0.34 and relation 0.45.
 """
 
 from ml_collections import ConfigDict
