@@ -32,11 +32,11 @@ Measured numbers
     base, 32 px      colour 0.71 (0.75)  shape 0.48 (0.52)  relation 0.41 (0.43)  scene_exact 0.105 (0.043)
     superres, 64 px  colour 0.57 (0.64)  shape 0.27 (0.31)  relation 0.27 (0.32)  scene_exact 0.047 (0.020)
   photos: held-out crops of 32 px, PSNR 30.9 dB, 96 % of 1024 codes used, 2000 steps.
-  The goal of mini is 0.95, 0.85, 0.90 and 0.70. What limited it was generalisation to pairs never seen: the base model's
-  loss was 1.1 on training scenes and 3.2 on held-out ones (3.8 without text), because a token says colour and outline at
-  once, and of a pair never seen no token was ever a target. Through the tokenizer alone 0.84 of held-out scenes stay
-  readable at 32 px. On captions of training pairs a base model of 2000 steps reached, without guidance, colour 0.95,
-  shape 0.73, relation 0.47, scene_exact 0.60 (96 captions). Super-resolution's loss still falls when its time ends.
+  The goal of mini is 0.95, 0.85, 0.90 and 0.70. What limited it was generalisation to pairs never seen: the base
+  model's loss was 1.1 on training scenes and 3.2 on held-out ones (3.8 without text), because a token says colour and
+  outline at once, and of a pair never seen no token was ever a target. Through the tokenizer alone 0.84 of held-out
+  scenes stayed readable at 32 px. On captions of training pairs a base model of 2000 steps reached, without guidance,
+  colour 0.95, shape 0.73, relation 0.47, scene_exact 0.60 (96 captions).
 """
 
 from ml_collections import ConfigDict
