@@ -20,7 +20,12 @@ Published numbers
   Diffusion), LocalBlend's threshold 0.3 from a fifth of the steps on.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini on ldm's mini, 64 captions of training pairs (of 65 tried, one was not drawn rightly), one word changed, seed 0, 25
+  steps, guidance 2; changed, kept, PSNR outside of the object:
+    resample                     0.84 (colours 0.68, shapes 0.95)  0.81  38.0 dB
+    cross 0.8, self 0.4          1.00                              1.00  42.3 dB, with a blend of 0.6 43.0 dB
+    cross 0.4, self 0.2, blend   0.88                              0.89  40.4 dB
+    nothing replaced, blend      0.84                              0.84  39.3 dB
   Rows of eval_prompt_to_prompt.json: resample (the new caption from the same noise, nothing replaced), and
   cross_<share>_self_<share>[_blend_<threshold>], with changed, changed_colour, changed_shape, kept, exact, psnr_outside
   and success; the protocol has cases and tried.
