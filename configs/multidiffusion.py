@@ -20,7 +20,6 @@ Published numbers
 Measured numbers
   mini on ldm's mini, 32 panoramas, seed 0; seam (1: none), crops that the oracle reads as scenes:
     side by side 3.06, 0.68;  7 windows 1.55, 0.43;  13 windows 1.13, 0.16
-  Objects cut by a crop's border are no scenes, so that share is no measure of quality between rows.
   Rows of eval_multidiffusion.json: separate (pictures side by side) and windows_<n>, with seam and scene.
 """
 

@@ -20,7 +20,7 @@ Published numbers
   Diffusion), LocalBlend's threshold 0.3 from a fifth of the steps on.
 
 Measured numbers
-  mini on ldm's mini, 64 captions of training pairs (of 65 tried, one was not drawn rightly), one word changed, seed 0, 25
+  mini on ldm's mini, 64 captions of training pairs (65 tried, one was not drawn rightly), one word changed, seed 0, 25
   steps, guidance 2; changed, kept, PSNR outside of the object:
     resample                     0.84 (colours 0.68, shapes 0.95)  0.81  38.0 dB
     cross 0.8, self 0.4          1.00                              1.00  42.3 dB, with a blend of 0.6 43.0 dB
