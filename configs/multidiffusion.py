@@ -20,8 +20,8 @@ Published numbers
 Measured numbers
   mini on ldm's mini, 32 panoramas, seed 0; seam (1: none), crops that the oracle reads as scenes:
     side by side 3.06, 0.68;  7 windows 1.55, 0.43;  13 windows 1.13, 0.16
-  The pictures have no seams, but windows that overlap want their objects in different places, and blends of them remain:
-  a world of two large objects is not what the method is for.
+  The pictures have no seams, but windows that overlap want their objects in different places, and blends of them
+  remain: a world of two large objects is not what the method is for.
   Rows of eval_multidiffusion.json: separate (pictures side by side) and windows_<n>, with seam and scene.
 """
 
