@@ -42,10 +42,7 @@ PUBLISHED = dict(transformer=603_537_664, tokenizer=146_244_675, text_encoder=12
 def get_config(scale: str = "mini") -> ConfigDict:
     """The config of one scale: tiny (tests), mini (two CPU cores, minutes), small (one accelerator), paper."""
     makers = dict(tiny=_tiny, mini=_mini, small=_small, paper=_paper)
-    if scale not in makers:
-        raise ValueError(f"configs/amused.py: scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    common = dict(name="amused", scale=scale, seed=0, published=PUBLISHED, mesh=dict(data=-1, fsdp=1, tensor=1))
-    return ConfigDict(common | makers[scale]())
+    return recipes.system("amused", scale, makers, PUBLISHED)
 
 
 # ------------------------------------------------------------------------------------------------------ small worlds

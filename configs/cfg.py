@@ -49,9 +49,8 @@ EVAL = dict(
 
 def get_config(scale: str = "mini") -> ConfigDict:
     """configs/ldm.py at one scale, measured at several scales of guidance, with rescaling and without."""
-    config = recipes.study(__file__, "ldm", scale, name="cfg", published=PUBLISHED)
+    config = recipes.study(
+        __file__, "ldm", scale, measure="vgen.metrics.text_edit_eval:CfgStudy", settings=EVAL, published=PUBLISHED
+    )
     config.generate.task = ConfigDict(dict(unet=dict(rescale=0.0)))
-    if scale in EVAL:
-        study = dict(target="vgen.metrics.text_edit_eval:CfgStudy", world=config.eval.world)
-        config.eval = ConfigDict(study | EVAL[scale])
     return config

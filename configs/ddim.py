@@ -49,18 +49,17 @@ TASKS = dict(
 
 EVAL = dict(
     tiny=dict(pictures=4, steps=(2, 3), tasks={name: TASKS[name] for name in ("eta_0", "ddpm")}),
-    mini=dict(pictures=256, steps=STEPS[:4]),
-    small=dict(pictures=1024, steps=STEPS),
+    mini=dict(pictures=256, steps=STEPS[:4], tasks=TASKS),
+    small=dict(pictures=1024, steps=STEPS, tasks=TASKS),
 )
 
 
 def get_config(scale: str = "mini") -> ConfigDict:
     """configs/ddpm.py at one scale, sampled by DDIM in 50 steps; measured with its noise and without in 10 to 100."""
-    config = recipes.study(__file__, "ddpm", scale, name="ddim", published=PUBLISHED)
+    config = recipes.study(
+        __file__, "ddpm", scale, measure="vgen.metrics.edit_eval:SolverStudy", settings=EVAL, published=PUBLISHED
+    )
     task = dict(TASKS["eta_0"]) | (dict(grid_knobs=dict(spacing="quadratic")) if scale in ("paper", "imported") else {})
     config.generate.task = ConfigDict(dict(unet=task))
     config.generate.knobs.unet.steps = 3 if scale == "tiny" else 50
-    if scale in EVAL:
-        study = dict(target="vgen.metrics.edit_eval:SolverStudy", world=config.eval.world, tasks=TASKS)
-        config.eval = ConfigDict(study | EVAL[scale])
     return config

@@ -45,11 +45,8 @@ def get_config(scale: str = "mini") -> ConfigDict:
     paper trains as published; imported is the published checkpoint.
     """
     makers = dict(tiny=_tiny, mini=_mini, small=_small, paper=_paper, imported=_imported)
-    if scale not in makers:
-        raise ValueError(f"configs/ddpm.py: scale must be one of {', '.join(SCALES)}, got {scale!r}")
     published = PUBLISHED | dict(fid_ddim={str(steps): fid for steps, fid in PUBLISHED["fid_ddim"].items()})
-    common = dict(name="ddpm", scale=scale, seed=0, published=published, mesh=dict(data=-1, fsdp=1, tensor=1))
-    return ConfigDict(common | makers[scale]())
+    return recipes.system("ddpm", scale, makers, published)
 
 
 def _task(size, **net):

@@ -47,10 +47,7 @@ def get_config(scale: str = "mini") -> ConfigDict:
     paper trains as published; imported is the published checkpoint.
     """
     makers = dict(tiny=_tiny, mini=_mini, small=_small, paper=_paper, imported=_imported)
-    if scale not in makers:
-        raise ValueError(f"configs/dit.py: scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    common = dict(name="dit", scale=scale, seed=0, published=PUBLISHED, mesh=dict(data=-1, fsdp=1, tensor=1))
-    return ConfigDict(common | makers[scale]())
+    return recipes.system("dit", scale, makers, PUBLISHED)
 
 
 def _diffuse(**kwargs):

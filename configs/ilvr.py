@@ -46,12 +46,11 @@ EVAL = dict(
 
 def get_config(scale: str = "mini") -> ConfigDict:
     """configs/ddpm.py at one scale, drawing what looks like a given picture; measured for several N and ranges."""
-    config = recipes.study(__file__, "ddpm", scale, name="ilvr", published=PUBLISHED)
+    config = recipes.study(
+        __file__, "ddpm", scale, measure="vgen.metrics.edit_eval:IlvrStudy", settings=EVAL, published=PUBLISHED
+    )
     edit = dict(target="vgen.edit.from_image:Ilvr", factor=config.stages.unet.task.size // 8)
     task = dict(solver="ddpm", solver_knobs=dict(variance="fixed_small"), image_edit=edit)
     config.generate.task = ConfigDict(dict(unet=task))
     config.generate.knobs.unet.update(steps=STEPS.get(scale, 100), strength=0.8)
-    if scale in EVAL:
-        study = dict(target="vgen.metrics.edit_eval:IlvrStudy", world=config.eval.world)
-        config.eval = ConfigDict(study | EVAL[scale])
     return config

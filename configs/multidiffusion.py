@@ -43,7 +43,14 @@ EVAL = dict(
 
 def get_config(scale: str = "mini") -> ConfigDict:
     """configs/ldm.py at one scale, with pictures of several windows, half of each on its neighbour."""
-    config = recipes.study(__file__, "ldm", scale, name="multidiffusion", published=PUBLISHED)
+    config = recipes.study(
+        __file__,
+        "ldm",
+        scale,
+        measure="vgen.metrics.text_edit_eval:MultiDiffusionStudy",
+        settings=EVAL,
+        published=PUBLISHED,
+    )
     task = config.stages.unet.task
     window = task.size // recipes.pixels_per_token(task.vae)
     method = dict(
@@ -51,7 +58,4 @@ def get_config(scale: str = "mini") -> ConfigDict:
     )
     config.generate.batch_size = max(1, config.generate.batch_size // TIMES)
     config.generate.task = ConfigDict(dict(unet=dict(method=method, picture=(task.size, TIMES * task.size))))
-    if scale in EVAL:
-        study = dict(target="vgen.metrics.text_edit_eval:MultiDiffusionStudy", world=config.eval.world)
-        config.eval = ConfigDict(study | EVAL[scale])
     return config

@@ -58,10 +58,7 @@ PUBLISHED = dict(
 def get_config(scale: str = "mini") -> ConfigDict:
     """The config of one scale: tiny (tests), mini (two CPU cores, minutes), small (one accelerator), paper, photos."""
     makers = dict(tiny=_tiny, mini=_mini, small=_small, paper=_paper, photos=_photos)
-    if scale not in makers:
-        raise ValueError(f"configs/muse.py: scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    common = dict(name="muse", scale=scale, seed=0, published=PUBLISHED, mesh=dict(data=-1, fsdp=1, tensor=1))
-    return ConfigDict(common | makers[scale]())
+    return recipes.system("muse", scale, makers, PUBLISHED)
 
 
 # ------------------------------------------------------------------------------------------------------ small worlds

@@ -54,9 +54,14 @@ def get_config(scale: str = "mini") -> ConfigDict:
     method = dict(
         target="vgen.edit.prompt_to_prompt:from_first", cross_replace=0.8, self_replace=0.4, factor=2, threshold=0.6
     )
-    config = recipes.study(__file__, "ldm", scale, name="prompt_to_prompt", prompts=PROMPTS, published=PUBLISHED)
+    config = recipes.study(
+        __file__,
+        "ldm",
+        scale,
+        measure="vgen.metrics.text_edit_eval:PromptToPromptStudy",
+        settings=EVAL,
+        prompts=PROMPTS,
+        published=PUBLISHED,
+    )
     config.generate.task = ConfigDict(dict(unet=dict(method=method)))
-    if scale in EVAL:
-        study = dict(target="vgen.metrics.text_edit_eval:PromptToPromptStudy", world=config.eval.world)
-        config.eval = ConfigDict(study | EVAL[scale])
     return config

@@ -49,12 +49,11 @@ EVAL = dict(tiny=dict(cases=4, repeats=(1, 2), jump_length=1), mini=dict(cases=6
 
 def get_config(scale: str = "mini") -> ConfigDict:
     """configs/ddpm.py at one scale, filling holes; measured on scenes cut through an object, for several repeats."""
-    config = recipes.study(__file__, "ddpm", scale, name="repaint", published=PUBLISHED)
+    config = recipes.study(
+        __file__, "ddpm", scale, measure="vgen.metrics.edit_eval:RepaintStudy", settings=EVAL, published=PUBLISHED
+    )
     edit = dict(target="vgen.edit.from_image:Repaint", jump_length=10, repeats=10)
     task = dict(solver="ddpm", solver_knobs=dict(variance="fixed_small"), image_edit=edit)
     config.generate.task = ConfigDict(dict(unet=task))
     config.generate.knobs.unet.steps = STEPS.get(scale, 250)
-    if scale in EVAL:
-        study = dict(target="vgen.metrics.edit_eval:RepaintStudy", world=config.eval.world)
-        config.eval = ConfigDict(study | EVAL[scale])
     return config

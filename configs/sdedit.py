@@ -45,11 +45,10 @@ EVAL = dict(
 
 def get_config(scale: str = "mini") -> ConfigDict:
     """configs/ddpm.py at one scale, for making crude pictures real; measured from 0.2 to 0.9 of the way to noise."""
-    config = recipes.study(__file__, "ddpm", scale, name="sdedit", published=PUBLISHED)
+    config = recipes.study(
+        __file__, "ddpm", scale, measure="vgen.metrics.edit_eval:SdeditStudy", settings=EVAL, published=PUBLISHED
+    )
     task = dict(solver="ddpm", solver_knobs=dict(variance="fixed_small"))
     config.generate.task = ConfigDict(dict(unet=task))
     config.generate.knobs.unet.update(steps=STEPS.get(scale, 500), strength=0.5)
-    if scale in EVAL:
-        study = dict(target="vgen.metrics.edit_eval:SdeditStudy", world=config.eval.world)
-        config.eval = ConfigDict(study | EVAL[scale])
     return config

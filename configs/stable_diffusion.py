@@ -53,10 +53,7 @@ def get_config(scale: str = "mini") -> ConfigDict:
     """The config of one scale: tiny (tests), mini (two CPU cores, minutes), small (one accelerator), paper (1.5), sd21,
     sdxl."""
     makers = dict(tiny=_tiny, mini=_mini, small=_small, paper=_paper, sd21=_sd21, sdxl=_sdxl)
-    if scale not in makers:
-        raise ValueError(f"configs/stable_diffusion.py: scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    common = dict(name="stable_diffusion", scale=scale, seed=0, published=PUBLISHED.get(scale, {}))
-    return ConfigDict(common | dict(mesh=dict(data=-1, fsdp=1, tensor=1)) | makers[scale]())
+    return recipes.system("stable_diffusion", scale, makers, PUBLISHED.get(scale, {}))
 
 
 # ------------------------------------------------------------------------------------------------------ small worlds

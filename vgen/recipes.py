@@ -5,7 +5,7 @@ embedded world.  Nothing here is read by the program itself: it sees what a conf
 """
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +80,36 @@ AUTOENCODING = dict(
 )  # fmt: skip
 
 
-def study(path: str, base: str, scale: str, /, **changed) -> ConfigDict:
-    """The config `base` beside the config file `path`, at that scale, with other top-level fields: for methods that are
-    tried on what it trains.
+def system(name: str, scale: str, makers: Mapping[str, Callable[[], Mapping[str, Any]]], published: Any) -> ConfigDict:
+    """The config `name` at one scale, as its `get_config` returns it.
 
-    changed: fields of `vgen.stages.RunConfig`; where `stages`, `order`, `text` and `seed` stay, a workdir of that
-    system can be measured as it is.
+    makers: {scale: function that makes the fields of `vgen.stages.RunConfig`, in the place of those here}.
+    published: the field of that name.  Raises ValueError for another scale.
+    """
+    if scale not in makers:
+        raise ValueError(f"configs/{name}.py: scale must be one of {', '.join(makers)}, got {scale!r}")
+    common = dict(name=name, scale=scale, seed=0, published=published, mesh=dict(data=-1, fsdp=1, tensor=1))
+    return ConfigDict(common | makers[scale]())
+
+
+def study(
+    path: str, base: str, scale: str, /, measure: str, settings: Mapping[str, Mapping[str, Any]], **changed
+) -> ConfigDict:
+    """The config `base` beside the config file `path`, at that scale, for the method that is tried there on what it
+    trains, which gives its name.
+
+    measure: target of its evaluation, which has the world of the base's.  settings: {scale: its other arguments}; at
+      other scales the evaluation stays.
+    changed: other fields of `vgen.stages.RunConfig`; where `stages`, `order`, `text` and `seed` stay, a workdir of that
+      system can be measured as it is.
     """
     spec = importlib.util.spec_from_file_location(f"_vgen_config_{base}", Path(path).with_name(f"{base}.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(scale)
+    changed["name"] = Path(path).stem
+    if scale in settings:
+        changed["eval"] = dict(target=measure, world=config.eval.world) | settings[scale]
     with config.ignore_type():
         for field, value in changed.items():
             config[field] = ConfigDict(value) if isinstance(value, Mapping) else value

@@ -1,7 +1,7 @@
 """Generate with a trained run: prompts in, pictures of every generating stage out."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +83,12 @@ class System:
                 )
         return {"label": np.array([int(prompt) for prompt in prompts], np.int32)}
 
+    @staticmethod
+    def batches(n: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
+        """(`size` of n rows, how many of them are new), until all were new once; the last row fills up."""
+        for start in range(0, n, size):
+            yield np.arange(start, start + size).clip(max=n - 1), min(size, n - start)
+
     def _spread(self, x: np.ndarray) -> jax.Array:
         """A batch on the devices, split over them where it divides."""
         mesh = self.run.mesh
@@ -115,15 +121,14 @@ class System:
         edited, told = self._edited(image, mask), self._told(prompts, negative)
         results = {name: [] for name in (stages or self.names)}
         with jax.set_mesh(self.run.mesh):
-            for start in range(0, len(prompts), self.batch_size):
-                rows = np.arange(start, start + self.batch_size).clip(max=len(prompts) - 1)  # the last one fills up
+            for batch, (rows, new) in enumerate(self.batches(len(prompts), self.batch_size)):
                 conds: dict[str, Any] = {name: self._spread(x[rows]) for name, x in told.items()} | edited
-                key = jax.random.fold_in(jax.random.key(seed), start // self.batch_size)
+                key = jax.random.fold_in(jax.random.key(seed), batch)
                 for i, name in enumerate(results):
                     chosen = dict(overrides)
                     steps = chosen.pop("steps", None)
                     chosen["steps"] = steps.get(name) if isinstance(steps, Mapping) else (steps if i == 0 else None)
                     knobs = self.knobs(name, chosen)
                     conds |= self._functions[name](self.params[name], jax.random.fold_in(key, i), conds, **knobs)
-                    results[name].append(np.asarray(conds["image_out"])[: len(prompts) - start])
+                    results[name].append(np.asarray(conds["image_out"])[:new])
         return {name: np.concatenate(pictures) for name, pictures in results.items()}

@@ -181,7 +181,7 @@ def test_guidance(measured):
     scale = report["scores"]
     assert scale["scale_1"]["diversity"] == pytest.approx(scale["scale_1_rescale_0.7"]["diversity"], rel=0.02)
     assert scale["scale_3"]["diversity"] != scale["scale_3_rescale_0.7"]["diversity"]
-    assert report["protocol"]["captions"] == 4 and report["protocol"]["knobs"]["steps"] == 3
+    assert report["protocol"]["captions"] == 4 and report["protocol"]["knobs"]["unet"]["steps"] == 3
 
 
 def test_prompt_to_prompt_has_no_case_in_an_untrained_system(measured):

@@ -1,5 +1,6 @@
 """Transformer blocks, and `stack`, which runs many of them as one scan over stacked parameters."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -161,12 +162,7 @@ class Block(nn.Module):
         Raises ValueError for an unknown order, a cond in another one than "pre", or a context that `cross` does not
         announce.
         """
-        if self.order not in ("pre", "post", "sandwich"):
-            raise ValueError(f"Block: order must be 'pre', 'post' or 'sandwich', got {self.order!r}")
-        if cond is not None and self.order != "pre":
-            raise ValueError(f"Block: cond needs order 'pre', got {self.order!r}")
-        if self.cross != (context is not None):
-            raise ValueError(f"Block: cross is {self.cross} but context is {'missing' if context is None else 'given'}")
+        self._check(cond, context)
         kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         heads = dict(
             heads=self.heads,
@@ -180,19 +176,7 @@ class Block(nn.Module):
             **kwargs,
         )
         probe = dict(layer=layer, control=control, step=step)
-
-        def residual(x, f, name):
-            kind = self.mlp_norm or self.norm if name == "mlp" else self.norm
-            norm = norm_layer(kind, self.eps, name + "_norm", **kwargs)
-            y = x if self.order == "post" else norm(x)
-            if cond is not None:
-                y = modulate(y, cond, name=name + "_mod", use_bias=self.bias, **kwargs)
-            y = f(y)
-            if self.order == "sandwich" and name != "mlp":
-                y = norm_layer(self.norm, self.eps, name + "_post", **kwargs)(y)
-            y = self._branch(nn.Dropout(self.dropout, deterministic=not train)(y), name, layer, train)
-            return norm(x + y) if self.order == "post" else x + y
-
+        residual = functools.partial(self._residual, cond=cond, layer=layer, train=train)
         if self.relative is not None:
             near = RelativeBias2D(self.heads, self.relative, self.param_dtype, name="attn_bias")()
             bias = near if bias is None else bias + near
@@ -215,6 +199,28 @@ class Block(nn.Module):
             **kwargs,
         )
         return residual(x, lambda h: mlp(h, train), "mlp")
+
+    def _check(self, cond, context):
+        if self.order not in ("pre", "post", "sandwich"):
+            raise ValueError(f"Block: order must be 'pre', 'post' or 'sandwich', got {self.order!r}")
+        if cond is not None and self.order != "pre":
+            raise ValueError(f"Block: cond needs order 'pre', got {self.order!r}")
+        if self.cross != (context is not None):
+            raise ValueError(f"Block: cross is {self.cross} but context is {'missing' if context is None else 'given'}")
+
+    def _residual(self, x, f, name, *, cond, layer, train):
+        """x and its branch `f`, with the norms that `order` puts around them."""
+        kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        kind = self.mlp_norm or self.norm if name == "mlp" else self.norm
+        norm = norm_layer(kind, self.eps, name + "_norm", **kwargs)
+        y = x if self.order == "post" else norm(x)
+        if cond is not None:
+            y = modulate(y, cond, name=name + "_mod", use_bias=self.bias, **kwargs)
+        y = f(y)
+        if self.order == "sandwich" and name != "mlp":
+            y = norm_layer(self.norm, self.eps, name + "_post", **kwargs)(y)
+        y = self._branch(nn.Dropout(self.dropout, deterministic=not train)(y), name, layer, train)
+        return norm(x + y) if self.order == "post" else x + y
 
     def _branch(self, y, name, layer, train):
         """LayerScale and stochastic depth of one branch."""

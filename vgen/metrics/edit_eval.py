@@ -25,7 +25,7 @@ from vgen.data.scenes import World, scene
 from vgen.diffusion import grids
 from vgen.edit import from_image
 from vgen.edit.ilvr import low_pass
-from vgen.metrics.scene_eval import is_scene, quality
+from vgen.metrics.scene_eval import diversity, is_scene, quality
 from vgen.types import Step
 
 Pictures = UInt8[np.ndarray, "n s s 3"]
@@ -55,28 +55,28 @@ def sampler(system, told: bool = False, **changed) -> Callable[..., Pictures]:
             raise UserError(f"the study sets {unknown[0]!r}, which is not among config.generate.knobs.{name}")
         n, pictures = len(next(iter(conds.values()))), []
         with jax.set_mesh(system.run.mesh):
-            for start in range(0, n, system.batch_size):
-                rows = np.arange(start, start + system.batch_size).clip(max=n - 1)  # the last one fills up
-                key = jax.random.fold_in(jax.random.key(seed), start // system.batch_size)
+            for i, (rows, new) in enumerate(system.batches(n, system.batch_size)):
+                key = jax.random.fold_in(jax.random.key(seed), i)
                 out = function(system.params[name], key, {k: x[rows] for k, x in conds.items()}, **knobs)
-                pictures.append(np.asarray(out["image_out"])[: n - start])
+                pictures.append(np.asarray(out["image_out"])[:new])
         return np.concatenate(pictures)
 
     return draw
 
 
-def _protocol(system, study) -> dict[str, Any]:
-    """Everything that the numbers of a study depend on; what is done with a picture is the study's own."""
+def protocol(system, study, judge: str = "vgen.data.scene_oracle.read", **more) -> dict[str, Any]:
+    """Everything that the numbers of a study depend on but its world, which config.eval has; what is done with a
+    picture, and how all are sampled, is the study's own.
+
+    judge: what reads the pictures.  more: further entries.
+    """
     task = {
-        name: {key: value for key, value in changed.items() if key != "image_edit"}
+        name: {key: value for key, value in changed.items() if key not in ("image_edit", "method")}
         for name, changed in system.settings.task.items()
     }
     settings = {field.name: getattr(study, field.name) for field in dataclasses.fields(study) if field.name != "world"}
-    return settings | {
-        "size": system.size, "judge": "vgen.data.scene_oracle.read",
-        "knobs": {name: dict(system.settings.knobs.get(name, {})) for name in system.names},
-        "task": task,
-    }  # fmt: skip
+    knobs = {name: dict(system.settings.knobs.get(name, {})) for name in system.names}
+    return settings | dict(size=system.size, judge=judge, knobs=knobs, task=task) | more
 
 
 # ------------------------------------------------------------------------------------------------------------ scenes
@@ -188,13 +188,6 @@ def rms(a: Any, b: Any) -> float:
     return float(np.sqrt(np.square((np.asarray(a, float) - np.asarray(b, float)) / 127.5).mean()))
 
 
-def diversity(images: Pictures, outputs: int) -> float:
-    """Mean `rms` between two pictures of one reference; images: `outputs` of each reference, one after the other."""
-    groups = images.reshape(-1, outputs, *images.shape[1:])
-    pairs = itertools.combinations(range(outputs), 2)
-    return float(np.mean([rms(group[i], group[j]) for i, j in pairs for group in groups]))
-
-
 def crude(images: Pictures, block: int) -> Pictures:
     """Pictures in which each block of so many pixels a side is its mean: a stand-in for rough strokes of colour.
 
@@ -235,7 +228,7 @@ class SolverStudy:
             best = made[max(self.steps)]
             for n, images in made.items():
                 scores[f"{name}_steps_{n}"] = quality(images, world) | {"distance": rms(images, best)}
-        return {"protocol": _protocol(system, self), "scores": scores}
+        return {"protocol": protocol(system, self), "scores": scores}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +263,7 @@ class SdeditStudy:
         for t0 in self.strengths:
             images = draw({"image": rough}, self.seed, strength=t0)
             scores[f"strength_{t0:g}"] = {"fidelity": psnr(images, rough)} | measured(images)
-        return {"protocol": _protocol(system, self), "scores": scores}
+        return {"protocol": protocol(system, self), "scores": scores}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +271,7 @@ class IlvrStudy:
     """Pictures that share the low frequencies of a scene: rows "factor_<N>_range_<r>".
 
     lowpass_error: `rms` of phi_N of the pictures to that of their references.  scene: share read as a scene of the
-    world.  diversity: of the pictures of one reference.
+    world.  diversity: of the pictures of one reference, see `scene_eval.diversity`.
     ranges: shares of the times, the first ones, in which the reference is held to; range 0 is sampling without one.
     factors: N of phi_N.  references, outputs, scene_seed: so many pictures of each of so many scenes of that seed.
     world: a World's keyword arguments, its seed left out.  seed: of sampling.
@@ -296,7 +289,7 @@ class IlvrStudy:
         world = World(**self.world | {"seed": self.scene_seed})
         true = itertools.islice(scenes(world, system.size, self.references), self.references)
         image = np.stack([example["image"] for example in true]).repeat(self.outputs, 0)
-        scores, free = {}, None
+        kinds, scores, free = np.arange(self.references).repeat(self.outputs), {}, None
         for factor in self.factors:
             draw = sampler(system, image_edit=from_image.Ilvr(factor))
             if free is None:
@@ -306,9 +299,9 @@ class IlvrStudy:
                 low = [low_pass(jnp.asarray(x, jnp.float32), factor) for x in (images, image)]
                 scores[f"factor_{factor}_range_{part:g}"] = {
                     "lowpass_error": rms(*low), "scene": quality(images, world)["scene"],
-                    "diversity": diversity(images, self.outputs),
+                    **diversity(images, kinds),
                 }  # fmt: skip
-        return {"protocol": _protocol(system, self), "scores": scores}
+        return {"protocol": protocol(system, self), "scores": scores}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,7 +341,7 @@ class RepaintStudy:
             images = draws[repeats]({"image": kept, "mask": holes}, self.seed, steps=n)
             scores[row] = repainted(images, cases, world)
             scores[row]["evaluations"] = evaluations(n, self.jump_length, repeats)
-        return {"protocol": _protocol(system, self), "scores": scores}
+        return {"protocol": protocol(system, self), "scores": scores}
 
 
 def evaluations(steps: int, jump_length: int, repeats: int) -> int:

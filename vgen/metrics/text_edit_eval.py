@@ -6,7 +6,7 @@ drawn from the same noise.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from vgen.config import UserError
 from vgen.data.scene_draw import SceneObject
 from vgen.data.scene_oracle import Reading, coverage, read
 from vgen.data.scene_text import COLOURS, SHAPES, TEMPLATES, Claims, Thing, parse
@@ -21,8 +22,8 @@ from vgen.data.scenes import World, prompts, relation
 from vgen.edit import align
 from vgen.edit.multidiffusion import multidiffusion, windows
 from vgen.edit.prompt_to_prompt import LocalBlend, prompt_to_prompt
-from vgen.metrics.edit_eval import diversity, sampler
-from vgen.metrics.scene_eval import quality
+from vgen.metrics.edit_eval import protocol, sampler
+from vgen.metrics.scene_eval import diversity, quality
 from vgen.metrics.scenes import judge, score
 
 MOST_PSNR = 60.0  # what equal pictures count as
@@ -30,26 +31,14 @@ OPEN = -1.0  # a threshold of LocalBlend that every place is above
 
 
 def _told(system, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """The conditions of texts; for a system without text those of its classes in turn, or of nothing."""
-    if system.text is not None:
-        return dict(zip(("text", "text_mask"), system.text(list(texts))))
-    return {"label": np.arange(len(texts), dtype=np.int32) % max(1, system.classes)}
-
-
-def _batches(n: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """(size rows of n, how many of them are new); the last row fills up."""
-    for start in range(0, n, size):
-        yield np.arange(start, start + size).clip(max=n - 1), min(size, n - start)
+    """The conditions of texts; UserError for a system without."""
+    if system.text is None:
+        raise UserError("this study is for systems that are told a text")
+    return dict(zip(("text", "text_mask"), system.text(list(texts))))
 
 
 def _mean(values) -> float:
     return float(np.mean(values)) if len(values) else float("nan")
-
-
-def _protocol(system, name: str, study, **more) -> dict[str, Any]:
-    """The study's settings and the stage's knobs."""
-    settings = {key: value for key, value in dataclasses.asdict(study).items() if key != "world"}
-    return settings | dict(stage=name, knobs=dict(system.settings.knobs.get(name, {})), **more)
 
 
 # ------------------------------------------------------------------------------------------------------- guidance
@@ -60,7 +49,7 @@ class CfgStudy:
     """Scales of classifier-free guidance: what the captions claim and hold, and how much pictures of one differ.
 
     Rows "scale_<s>" and, for every phi of `rescale` but 0, "scale_<s>_rescale_<phi>"; metrics those of
-    `vgen.metrics.scenes`, and `vgen.metrics.edit_eval.diversity`.
+    `vgen.metrics.scenes`, and `vgen.metrics.scene_eval.diversity`.
     world: a World's keyword arguments.  captions, split, prompt_seed: how many, of which split's scenes.
     each: pictures of a caption.  seed: of sampling.  scales: 1 is no guidance.
     rescale: phi of `vgen.guidance.rescaled`, 0 for none; each compiles once.
@@ -77,7 +66,6 @@ class CfgStudy:
 
     def __call__(self, system) -> dict[str, Any]:
         world = World(**self.world)
-        name = system.names[-1]
         texts = [t for t in prompts(world, self.captions, self.split, self.prompt_seed) for _ in range(self.each)]
         told, scores = _told(system, texts), {}
         for phi in self.rescale:
@@ -85,8 +73,8 @@ class CfgStudy:
             for scale in self.scales:
                 pictures = draw(told, self.seed, guidance_scale=scale)
                 row = f"scale_{scale:g}" + (f"_rescale_{phi:g}" if phi else "")
-                scores[row] = score(pictures, texts, world) | dict(diversity=diversity(pictures, self.each))
-        return {"protocol": _protocol(system, name, self, judge="vgen.metrics.scenes.score"), "scores": scores}
+                scores[row] = score(pictures, texts, world) | diversity(pictures, texts)
+        return {"protocol": protocol(system, self, judge="vgen.metrics.scenes.score"), "scores": scores}
 
 
 # -------------------------------------------------------------------------------------------------- Prompt-to-Prompt
@@ -235,7 +223,6 @@ class PromptToPromptStudy:
 
     def __call__(self, system) -> dict[str, Any]:
         world = World(**self.world)
-        name = system.names[-1]
         tried = swaps(world, self.tries, seed=self.prompt_seed)
         draw = _Drawer(system, self)
         resample = dict(cross_replace=0.0, self_replace=0.0, threshold=OPEN)
@@ -245,12 +232,12 @@ class PromptToPromptStudy:
             edited = draw.edits(tried, list(sources), setting)
             scores[row] = self._scores([(tried[i], sources[i], edited[i]) for i in sources], world)
         more = dict(judge="vgen.metrics.text_edit_eval.judge_edit", cases=len(sources), tried=count)
-        return {"protocol": _protocol(system, name, self) | more, "scores": scores}
+        return {"protocol": protocol(system, self, **more), "scores": scores}
 
     def _sources(self, draw, tried, world):
         """({place in `tried`: its picture} of the cases, how many were looked at)."""
         sources, count = {}, 0
-        for rows, new in _batches(len(tried), draw.size):
+        for rows, new in draw.system.batches(len(tried), draw.size):
             pictures = draw.sources(tried, rows)
             for i, picture in zip(rows[:new].tolist(), pictures):
                 if len(sources) == self.cases:
@@ -295,12 +282,12 @@ class _Drawer:
 
     def _pictures(self, texts, cases, source, setting) -> np.ndarray:
         """Pictures of texts; cases: numbers that the noise of each follows from."""
-        tokens, mask = self.system.text(texts)
+        conds = _told(self.system, texts)
+        tokens, mask = conds["text"], conds["text_mask"]
         noise = [jax.random.normal(jax.random.fold_in(self.key, int(case)), self.shape) for case in cases]
         plan = align.replace(tokens, mask, source), align.swapped(tokens, mask, source)
         setting = {name: np.float32(value) for name, value in setting.items()}
         with jax.set_mesh(self.system.run.mesh):
-            conds = {"text": tokens, "text_mask": mask}
             drawn = self._draw(self.params, self.key, conds, self.knobs, *plan, setting, jnp.stack(noise))
         return np.asarray(drawn)
 
@@ -312,7 +299,7 @@ class _Drawer:
     def edits(self, tried, cases, setting) -> dict[int, np.ndarray]:
         """{case: its edited picture}."""
         half, found = self.size // 2, {}
-        for rows, new in _batches(len(cases), half):
+        for rows, new in self.system.batches(len(cases), half):
             chosen = [cases[row] for row in rows]
             texts = [tried[i].caption for i in chosen] + [tried[i].edited for i in chosen]
             pictures = self._pictures(texts, chosen * 2, [*range(half)] * 2, setting)
@@ -356,8 +343,7 @@ class MultiDiffusionStudy:
             borders = {each * places for begin in begins for each in (begin, begin + width)}
             row = "separate" if overlap == 1 else f"windows_{len(begins)}"
             scores[row] = dict(seam=seam(pictures, sorted(borders), places), scene=self._scene(pictures, world))
-        more = dict(judge="vgen.metrics.scene_eval.is_scene")
-        return {"protocol": _protocol(system, name, self, **more), "scores": scores}
+        return {"protocol": protocol(system, self, judge="vgen.metrics.scene_eval.is_scene"), "scores": scores}
 
     def _scene(self, pictures, world: World) -> float:
         side = pictures.shape[1]

@@ -15,7 +15,6 @@ class TextTransformer(Stacked):
 
     vocab: number of token ids.  length: the longest text, in tokens.
     depth: 0 gives each token at its place and nothing of the others: in short captions the quickest to learn from.
-    relative: learned biases by distance in the self-attention: what stands next to what is seen from the first step on.
     Other fields: see `vgen.layers.transformer.Stacked`.
     Parameters: embed, positions, embed_norm, layers [depth, ...], norm.
     """
@@ -27,7 +26,6 @@ class TextTransformer(Stacked):
     heads: int
     mlp_dim: int
     dropout: float = 0.0
-    relative: bool = False
 
     @nn.compact
     def __call__(
@@ -41,9 +39,6 @@ class TextTransformer(Stacked):
         x = Positions(self.length, dtype=self.dtype, name="positions")(x)
         x = norm_layer("layer", 1e-6, "embed_norm", dtype=self.dtype)(x)
         if self.depth:
-            line = (1, self.length) if self.relative else None
-            block = Block(
-                self.heads, self.mlp_dim, dropout=self.dropout, dtype=self.dtype, relative=line, name="layers"
-            )
+            block = Block(self.heads, self.mlp_dim, dropout=self.dropout, dtype=self.dtype, name="layers")
             x = self.run_stack(block, x, depth=self.depth, mask=mask, train=train)
         return norm_layer("layer", 1e-6, "norm", dtype=self.dtype)(x), mask
