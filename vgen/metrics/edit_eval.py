@@ -299,7 +299,7 @@ class IlvrStudy:
                 low = [low_pass(jnp.asarray(x, jnp.float32), factor) for x in (images, image)]
                 scores[f"factor_{factor}_range_{part:g}"] = {
                     "lowpass_error": rms(*low), "scene": quality(images, world)["scene"],
-                    **diversity(images, kinds),
+                    **diversity(images, kinds.tolist()),
                 }  # fmt: skip
         return {"protocol": protocol(system, self), "scores": scores}
 
