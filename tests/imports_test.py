@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 TOP = {"train", "main", "stages", "system"}
 FORBIDDEN = {
     "types": {"*"},
+    "platform": {"*"},
     "config": {"*"},
     "trees": {"*"},
     "layers": {"models", "tasks", "tokens", "diffusion", "edit", "adapt", "data", "metrics", "convert"} | TOP,

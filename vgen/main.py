@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vgen.config import UserError
+from vgen.platform import start_over_with_huge_pages
 
 
 def main(argv=None) -> int:
@@ -281,4 +282,5 @@ def _rows(report, prefix=""):
 
 
 if __name__ == "__main__":
+    start_over_with_huge_pages()
     sys.exit(main())

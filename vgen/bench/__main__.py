@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from vgen.config import UserError
+from vgen.platform import start_over_with_huge_pages
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,4 +47,5 @@ def _lines(options) -> Iterator[str]:
 
 
 if __name__ == "__main__":
+    start_over_with_huge_pages()
     sys.exit(main())
