@@ -158,11 +158,13 @@ def _mini():
         tokenizer=recipes.TOKENIZERS["mini"], decoder={}, discriminator=dict(channels=16, layers=2, norm="group"),
         autoencode=recipes.TOKENIZER_LOSSES["mini"], adversarial_start=False,
         base=dict(depth=4, width=128, heads=4, mlp_dim=512, unroll=4, relative=True, by_codes=True),
-        superres=dict(depth=3, low_depth=1, width=128, heads=4, mlp_dim=512, unroll=3, relative=True, by_codes=True),
+        superres=dict(depth=3, low_depth=1, width=128, heads=4, mlp_dim=512, unroll=3, relative=True, by_codes=True,
+                      aligned=True),
         text=dict(length=20, vocab_size=512, net=dict(depth=0, width=128, heads=4, mlp_dim=256)),
-        steps=dict(tokenizer=2500, decoder=150, base=3600, superres=800),
+        steps=dict(tokenizer=2500, decoder=150, base=2900, superres=500),
         batch=dict(tokenizer=16, decoder=16, base=32, superres=8),
-        lr=dict(tokenizer=3e-3, decoder=5e-4, base=2e-3, superres=2e-3), optim=dict(name="muon"),
+        lr=dict(tokenizer=3e-3, decoder=5e-4, base=2e-3, superres=2e-3),
+        optim=dict(name="muon", weight_decay=0.5),  # without it pairs never seen get no better after half of the steps
         generate=_generate(batch_size=64, guidance=(1.0, 1.0)), max_steps=128, eval_prompts=256, prompts=PROMPTS,
     )  # fmt: skip
 

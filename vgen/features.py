@@ -19,6 +19,7 @@ from vgen import trees
 from vgen.checkpoint import Checkpoints
 from vgen.config import ConfigError, UserError, call, to_dict, to_json
 from vgen.data.features import DTYPES, Features
+from vgen.data.images import RANDOM_WAYS
 from vgen.train import Stopped, place_frozen
 
 # Of a stage's data: what features depend on.
@@ -69,8 +70,8 @@ def check(run, name: str) -> CacheConfig | None:
         raise ConfigError(f"{where}: features 'text' need texts, config.text is empty")
     for held_out in (False, True):
         data = run.data_arguments(name, held_out)
-        for key, plain in (("flip", False), ("crop", "center_crop")) if "latents" in config.features else ():
-            if data.get(key, plain) != plain and (key == "flip" or data[key] == "random_crop"):
+        for key in ("flip", "crop", "augment") if "latents" in config.features else ():
+            if data.get(key) in RANDOM_WAYS if key == "crop" else data.get(key):
                 raise ConfigError(
                     f"{where}: latents are computed once, but config.stages.{name}.data.{key} = {data[key]!r} changes "
                     "pictures at random: turn it off, or cache the text alone"

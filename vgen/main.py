@@ -259,9 +259,9 @@ def _evaluate(run, system=None) -> int:
         path = run.folder(name) / "eval.json"
         if path.exists():
             report["stages"][name] = json.loads(path.read_text())
-    if run.config.eval and run.config.generate:
+    if run.config.eval:  # of what generates with the `System` that does, of the others with the run
         evaluation = build(run.config.eval, "config.eval")
-        report |= evaluation(system or System(run))
+        report |= evaluation(system or (System(run) if run.config.generate else run))
     name = run.config.name
     path = run.workdir / ("eval.json" if name == run.trainer else f"eval_{name}.json")
     temporary = path.with_name(path.name + ".tmp")

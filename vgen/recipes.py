@@ -174,7 +174,8 @@ def train(
 
     optim: other settings of the optimiser.  kwargs: other settings of TrainConfig.
     """
-    one = dict(lr=lr, warmup=min(100, steps // 10), clip=1.0, end=0.02, b2=0.99, weight_decay=0.02, **(optim or {}))
+    usual = dict(lr=lr, warmup=min(100, steps // 10), clip=1.0, end=0.02, b2=0.99, weight_decay=0.02)
+    one = usual | dict(optim or {})
     return dict(
         steps=steps, batch_size=batch, optim={group: dict(one) for group in groups}, ema_decay=0.998,
         checkpoint_every=steps // 4, **kwargs,
@@ -290,6 +291,45 @@ def text_unet(
         eval=scene_eval(asked_world or world, eval_prompts, off=1.0, scales=scales),
         prompts=prompts,
     )
+
+
+def contrastive(
+    name: str,
+    *,
+    size: int,
+    world: Mapping[str, Any],
+    eval_count: int,
+    features: int,
+    text: Mapping[str, int],
+    image: Mapping[str, Any],
+    words: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    pictures: int,
+    cached: int = 0,
+    **task,
+) -> dict[str, Any]:
+    """A config of one stage `name` that trains Contrastive on scenes of `size` pixels and their captions.
+
+    features: width of the shared space.  text: of `bpe`.  image: arguments of `clip_vit`.  words: of TextTower.
+    settings: of `train`.  pictures: how many ClipQuality looks at.  task: other settings of Contrastive.
+    """
+    end = 1  # of the texts that `bpe` makes
+    visual = dict(
+        target="vgen.models.clip:ImageTower", vit=dict(target="vgen.models.clip:clip_vit", image_size=size, **image),
+        features=features,
+    )  # fmt: skip
+    tower = dict(
+        target="vgen.models.clip:TextTower", vocab=text["vocab_size"], length=text["length"], eos=end,
+        features=features, **words,
+    )  # fmt: skip
+    network = dict(target="vgen.models.clip:CLIP", visual=visual, text=tower)
+    stage = dict(
+        task=dict(target="vgen.tasks.contrastive:Contrastive", network=network, size=size, **task),
+        data=scenes(size, world, cached=cached), evaluate=held_out(world, eval_count),
+        train=train(**settings),
+    )  # fmt: skip
+    measure = dict(target="vgen.metrics.encoder_eval:ClipQuality", world=world, pictures=pictures, stage=name)
+    return dict(stages={name: stage}, order=(name,), text=bpe(**text), eval=measure)
 
 
 def generate(stage: str, *, batch_size: int, **knobs) -> dict[str, Any]:

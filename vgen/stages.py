@@ -85,7 +85,8 @@ class RunConfig:
     name, scale: of the system.  seed: of everything random.  stages, order: the stages and their training order.
     text: arguments of `vgen.data.text.open_tokenizer` ({} = the system has no text).  mesh: arguments of make_mesh.
     generate: arguments of GenerateConfig ({} = the system does not generate).
-    eval: spec of the system's evaluation, built and called as evaluation(generate) -> metrics ({} = none).
+    eval: spec of the system's evaluation, built and called with the `vgen.system.System`, or with the `Run` of what
+      does not generate -> metrics ({} = none).
     prompts: what `--mode=train` draws at the end.  published: numbers from the paper; nothing reads them but tests.
     weights: folder of a published checkpoint, for configs whose paths refer to it; nothing else reads it.
     """

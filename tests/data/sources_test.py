@@ -343,3 +343,22 @@ def test_records_hold_no_objects(tmp_path):
         cache.pack({"a": object()})
     with pytest.raises(DataError, match="another format"):
         cache.unpack(b"\x10\0\0\0 something else")
+
+
+def test_digits_are_scikit_learns_and_in_two_parts():
+    from sklearn.datasets import load_digits
+
+    train, held = (open_source("digits", split=split) for split in ("train", "heldout"))
+    assert (len(train), len(held)) == (1438, 359)
+    theirs = load_digits()
+    first = held[0]
+    assert first["label"] == theirs.target[4] and first["image"].shape == (8, 8, 3)
+    assert np.abs(first["image"][..., 0] / 255 * 16 - theirs.images[4]).max() < 0.04
+    words = "zero one two three four five six seven eight nine".split()
+    assert first["caption"] == f"a handwritten {words[first['label']]}"
+    assert np.array_equal(train[4]["image"][..., 1], np.rint(theirs.images[5] * 255 / 16))
+    assert len(open_source("digits", count=10)) == 10
+    with pytest.raises(ValueError, match="nothing behind a colon"):
+        open_source("digits:x")
+    with pytest.raises(ValueError, match="train or heldout"):
+        open_source("digits", split="test")

@@ -158,6 +158,20 @@ def test_by_codes_a_token_is_its_code(kind, inputs):
         net.clone(by_codes=False).apply(params, *given, **named)
 
 
+def test_aligned_low_resolution_tokens_are_added_to_those_they_cover(inputs):
+    tower = dict(vocab=K, grid=(4, 4), depth=1, width=8, heads=2, mlp_dim=12, low_vocab=K, low_grid=(2, 2), low_depth=1)
+    net = muse.SuperResTransformer(**tower, aligned=True)
+    low = jnp.arange(4.0).reshape(1, 4, 1)
+    above = net._above(low).reshape(4, 4)
+    np.testing.assert_array_equal(above, [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]])
+    given = [inputs["tokens"], inputs["low"], inputs["text"], inputs["mask"]]
+    params = draw(net, *given, dtype=np.float32)  # the same as of a network that is not aligned
+    plain = net.clone(aligned=False).apply(params, *given)
+    assert np.abs(net.apply(params, *given) - plain).max() > 1e-3
+    with pytest.raises(ValueError, match="aligned needs a grid"):
+        net.clone(grid=(4, 5))._above(low)
+
+
 def test_text_without_layers_is_its_words():
     """Every token's state depends on the token and its place alone."""
     net = TextTransformer(vocab=20, length=6, depth=0, width=8, heads=2, mlp_dim=8)

@@ -199,6 +199,22 @@ def test_positions_are_resized_to_the_image(x64):
     np.testing.assert_allclose(rows, want, atol=1e-12)
 
 
+def test_parameters_for_larger_pictures_are_the_network_resized_on_the_fly(x64):
+    """The same features as of the network that resizes its positions in every call; the head is left out."""
+    small = vit.ViT(patch_size=2, image_size=6, width=8, depth=1, heads=2, mlp_dim=12, num_classes=3)
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 10, 8, 3)))
+    params = tables.float64(small.init(jax.random.key(0), images[:, :6, :6])["params"])
+    made = vit.resized(params, (3, 3), (5, 4))
+    assert "head" not in made and made["positions"]["table"].shape == (21, 8)
+    large = small.clone(image_size=(10, 8), num_classes=None)
+    want = small.apply({"params": params}, images).tokens
+    np.testing.assert_allclose(large.apply({"params": made}, images).tokens, want, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="the table has 10 positions, expected 16"):
+        vit.resized(params, (4, 4), (5, 5))
+    base = {"positions": {"table": np.zeros((1 + 14 * 14, 4), np.float32)}}
+    assert vit.for_384_pixels(base)["positions"]["table"].shape == (1 + 24 * 24, 4)
+
+
 @pytest.mark.parametrize("drop_path", [0.25, (0.0, 0.25, 0.5)])
 def test_stochastic_depth(drop_path):
     """Each branch of a sample is there or not, as often as it should; what is left is scaled so that the mean stays."""

@@ -75,9 +75,56 @@ def test_cross_entropy_by_hand_and_of_torch(x64, smoothing):
     np.testing.assert_allclose(got, want.numpy(), rtol=1e-12)
 
 
-def test_a_label_that_is_no_class_gives_no_number():
-    found = cross_entropy(jnp.asarray(LOGITS), jnp.asarray([-1, 7, 6, 0, 1, 2]))
+def test_the_sigmoid_kind_is_torchs_summed_over_classes(x64):
+    torch = pytest.importorskip("torch")
+    target = 0.1 / 7 + 0.9 * np.eye(7)[LABEL]
+    want = torch.nn.functional.binary_cross_entropy_with_logits(
+        torch.tensor(LOGITS), torch.tensor(target), reduction="none"
+    ).sum(1)
+    got = cross_entropy(jnp.asarray(LOGITS), jnp.asarray(LABEL), 0.1, "sigmoid")
+    np.testing.assert_allclose(got, want.numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_a_label_that_is_no_class_gives_no_number(kind):
+    found = cross_entropy(jnp.asarray(LOGITS), jnp.asarray([-1, 7, 6, 0, 1, 2]), kind=kind)
     assert list(np.isnan(found)) == [True, True, False, False, False, False]
+
+
+def test_mixup_mixes_a_picture_and_its_label_with_the_next_one(x64):
+    """Recovered from what the network is called with: one share for the batch, at least a half of its own."""
+    seen = UserList()
+
+    class Look(nn.Module):
+        def __call__(self, x, *, train=False):
+            seen.append(np.asarray(x, float))
+            return jnp.stack([x.mean((1, 2, 3)), jnp.zeros(len(x))], 1)
+
+    shares = set()
+    for seed in range(5):
+        seen.clear()
+        key = jax.random.key(seed)
+        loss = Classify(Look(), 2, mixup=0.4).losses({"network": {}}, Context(jnp.int32(0)), BATCH, key)
+        own = np.asarray(image_ops.to_float(BATCH["image"]), float)
+        other = np.roll(own, -1, axis=0)
+        share = ((seen[0] - other) * (own - other)).sum() / ((own - other) ** 2).sum()
+        np.testing.assert_allclose(seen[0], share * own + (1 - share) * other, atol=1e-6)
+        assert 0.5 <= share <= 1
+        logits = np.stack([seen[0].mean((1, 2, 3)), np.zeros(8)], 1)
+        label = np.asarray(BATCH["label"])
+        want = share * by_hand(logits, label, 0) + (1 - share) * by_hand(logits, np.roll(label, -1), 0)
+        np.testing.assert_allclose(loss["main"].value, want.mean(), rtol=1e-5)
+        shares.add(round(share, 6))
+    assert len(shares) == 5
+    seen.clear()
+    Classify(Look(), 2, mixup=0.4).losses({"network": {}}, Context(jnp.int32(0), train=False), BATCH, KEY)
+    np.testing.assert_allclose(seen[0], own, atol=1e-6)
+
+
+def test_bad_settings_are_refused():
+    for fields, message in ((dict(loss="hinge"), "must be 'softmax' or 'sigmoid'"), (dict(mixup=-1.0), "at least 0")):
+        with pytest.raises(ValueError, match=message):
+            Classify(Linear(2), 2, **fields)
 
 
 def test_hits_by_hand():

@@ -8,6 +8,7 @@ import io
 import math
 import os
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, JpegImagePlugin
 from vgen.config import UserError
 
 MAX_PIXELS = 2**26  # 67 megapixels, 200 MB as RGB: above this an image is refused instead of filling the memory
-WAYS = ("center_crop", "random_crop", "resize", "pad")
+WAYS = ("center_crop", "random_crop", "inception_crop", "resize", "pad")
+RANDOM_WAYS = ("random_crop", "inception_crop")
 PIL_ERRORS = (
     OSError,
     SyntaxError,
@@ -180,19 +182,24 @@ def resize(
     size: int,
     how: str = "center_crop",
     rng: np.random.Generator | None = None,
-    scale: tuple[float, float] = (0.8, 1.0),
+    scale: tuple[float, float] | None = None,
     fill: int = 255,
 ) -> np.ndarray:
     """Bring uint8 [h, w, 3] to [size, size, 3] with Pillow's Lanczos filter, which antialiases when shrinking.
 
     how: "center_crop" the largest centred square; "random_crop" a random square whose side is `scale` (uniform) of the
-      shorter side, and which needs `rng`; "resize" the whole image, aspect lost; "pad" the whole image, aspect kept,
-      centred on `fill`.
+      shorter side ((0.8, 1) by default); "inception_crop" a random rectangle of `scale` (uniform; (0.05, 1) by default)
+      of the area and of 3/4 to 4/3 as wide as high, aspect lost (Szegedy et al. 2014, arXiv:1409.4842, section 6); both
+      need `rng`; "resize" the whole image, aspect lost; "pad" the whole image, aspect kept, centred on `fill`.
     """
     height, width = image.shape[:2]
+    if how in RANDOM_WAYS and rng is None:
+        raise ValueError(f"resize: how={how!r} needs rng, a numpy Generator")
+    if how == "inception_crop":
+        top, left, rows, columns = _inception_box(height, width, scale or (0.05, 1.0), rng)
+        return _lanczos(image[top : top + rows, left : left + columns], size, size)
     if how == "random_crop":
-        if rng is None:
-            raise ValueError("resize: how='random_crop' needs rng, a numpy Generator")
+        scale = scale or (0.8, 1.0)
         share, down, right = rng.random(3)
         side = max(1, round(min(height, width) * (scale[0] + (scale[1] - scale[0]) * share)))
         top, left = int(down * (height - side + 1)), int(right * (width - side + 1))
@@ -213,6 +220,19 @@ def resize(
     top, left = (size - inner.shape[0]) // 2, (size - inner.shape[1]) // 2
     out[top : top + inner.shape[0], left : left + inner.shape[1]] = inner
     return out
+
+
+def _inception_box(height, width, area, rng) -> tuple[int, int, int, int]:
+    """(top, left, rows, columns) of a random rectangle; the largest centred square where ten do not fit."""
+    for _ in range(10):
+        share, ratio = rng.uniform(*area), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        rows = max(1, round(math.sqrt(share * height * width / ratio)))
+        columns = max(1, round(math.sqrt(share * height * width * ratio)))
+        if rows <= height and columns <= width:
+            top, left = int(rng.integers(height - rows + 1)), int(rng.integers(width - columns + 1))
+            return top, left, rows, columns
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
 
 
 def cover(
@@ -248,6 +268,18 @@ def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def to_float(image: UInt8[Array, "..."] | UInt8[np.ndarray, "..."]) -> Float[Array, "..."]:
     """uint8 in [0, 255] to float32 in [-1, 1]."""
     return jnp.asarray(image, jnp.float32) / 127.5 - 1.0
+
+
+def standardise(
+    image: UInt8[Array, "*b 3"] | UInt8[np.ndarray, "*b 3"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Array, "*b 3"]:
+    """uint8 pictures with `mean` taken from their channels, in [0, 1], and divided by `std`."""
+    return (to_float(image) / 2 + 0.5 - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def unstandardise(x: Float[Array, "*b 3"], mean: Sequence[float], std: Sequence[float]) -> UInt8[Array, "*b 3"]:
+    """The inverse of `standardise`; what is outside of a picture's range is cut off."""
+    return to_uint8(jnp.clip((x * jnp.asarray(std) + jnp.asarray(mean)) * 2 - 1, -1, 1))
 
 
 def to_uint8(image: Float[Array, "..."] | Float[np.ndarray, "..."]) -> UInt8[Array, "..."]:

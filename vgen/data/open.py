@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vgen.config import build
 from vgen.data.buckets import MICRO, Buckets, scan, table_of
 from vgen.data.cache import cache_source
 from vgen.data.features import Features, OneCaption
@@ -96,7 +97,9 @@ def open_pipeline(
     features: Features | None = None,
     encode: tuple[str, ...] = (),
     crop: str = "center_crop",
+    crop_scale: Sequence[float] = (),
     flip: bool = False,
+    augment: Mapping[str, Any] | None = None,
     captions: str = "require",
     workers: int = 0,
     threads: int = 2,
@@ -106,6 +109,7 @@ def open_pipeline(
     """Device batches of a stage: endless and shuffled to train, one pass in order to evaluate.
 
     source, size, split, cached, options: see `source_of`.  prefetch: batches ahead.  The rest: see `Pipeline`.
+    augment: spec of a function of (picture, generator), for training alone.
     buckets: picture sizes (height, width), or N for the published ones of about N^2 pixels, see `vgen.data.buckets`.
     features: what is read in the place of pictures, or of texts, or both.
     encode: the kinds of features ("latents", "text") that the batches are wanted for: one pass over every example, the
@@ -128,7 +132,9 @@ def open_pipeline(
         size=size,
         buckets=sizes,
         crop=crop,
+        crop_scale=tuple(crop_scale) or None,
         flip=flip,
+        augment=build(augment, "data.augment") if augment else None,
         tokenizer=tokenizer and tokenizer.tokenizer,
         text_length=tokenizer.length if tokenizer else 0,
         captions=captions,

@@ -8,7 +8,7 @@ are.  grain runs that function ahead of time in threads or worker processes.
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,9 @@ class Pipeline:
     """Batches of a source; iterating starts a pass (`repeat=True`: an endless one, shuffled anew each epoch).
 
     source: see vgen.data.sources.  batch_size: of all hosts together.  size: pixels, None keeps them (all must agree).
-    crop: one of vgen.data.images.WAYS.  flip: mirror at random.  tokenizer, text_length: for the key "text".
+    crop, crop_scale: `how` and `scale` of vgen.data.images.resize.  flip: mirror at random.  augment: what is done
+    behind that, a function of (picture uint8 [h, w, 3], generator) such as `vgen.data.augment.RandAugment`.
+    tokenizer, text_length: for the key "text".
     buckets: a batch holds pictures of one of their sizes, in the place of `size`; crop: "center_crop" or "random_crop".
     captions: a missing one is an error ("require"), "" ("empty"), or the next example takes its place ("skip").
     remainder: what to do with the end of a pass when repeat is False: "drop" it, or "pad" the last batch with other
@@ -55,7 +57,9 @@ class Pipeline:
     size: int | None = None
     buckets: Buckets | None = None
     crop: str = "center_crop"
+    crop_scale: tuple[float, float] | None = None
     flip: bool = False
+    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None
     tokenizer: Tokenizer | None = None
     text_length: int = 77
     captions: str = "require"
@@ -90,6 +94,8 @@ class Pipeline:
         if self.buckets is not None:
             if self.crop not in ("center_crop", "random_crop"):
                 raise ValueError(f"Pipeline: with buckets, crop must be center_crop or random_crop, got {self.crop!r}")
+            if self.augment is not None or self.crop_scale is not None:
+                raise ValueError("Pipeline: buckets take neither augment nor crop_scale")
             plan = Plan(
                 self.buckets, self.batch_size, self.seed, self.shuffle, self.repeat, pad=self.remainder == "pad"
             )
@@ -159,7 +165,7 @@ class Pipeline:
     def _row(self, i: int, example: Mapping | Exception, position: int, bad: list) -> dict[str, Any]:
         """The finished example, or the finished next one that can be used."""
         rng, failed = None, None
-        if self.crop == "random_crop" or self.flip or "text" in self.keys or "caption" in self.keys:
+        if self._random_picture or "text" in self.keys or "caption" in self.keys:
             rng = _LazyRng(self.seed, position)
         for _ in range(min(TRIES, len(self.source))):
             try:
@@ -213,8 +219,14 @@ class Pipeline:
             return self._plan.picture(data, i, rng and rng.get, self.crop == "random_crop", self.flip)
         image = images.decode(data, self.size)
         if self.size is not None:
-            image = images.resize(image, self.size, self.crop, rng.get() if self.crop == "random_crop" else None)
-        return {"image": images.random_flip(image, rng.get()) if self.flip else image}
+            drawn = rng.get() if self.crop in images.RANDOM_WAYS else None
+            image = images.resize(image, self.size, self.crop, drawn, self.crop_scale)
+        image = images.random_flip(image, rng.get()) if self.flip else image
+        return {"image": self.augment(np.ascontiguousarray(image), rng.get()) if self.augment else image}
+
+    @property
+    def _random_picture(self) -> bool:
+        return self.crop in images.RANDOM_WAYS or self.flip or self.augment is not None
 
 
 class _LazyRng:

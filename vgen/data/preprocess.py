@@ -48,7 +48,7 @@ class Preprocess(NamedTuple):
     std: Triple = (0.5, 0.5, 0.5)
 
 
-_IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CLIP = Preprocess(
     224,
     "short",
@@ -57,8 +57,8 @@ CLIP = Preprocess(
     std=(0.26862954, 0.26130258, 0.27577711),
 )  # other sizes by CLIP._replace(size=336, crop=336)
 VIT = Preprocess(224, "both", "bilinear")  # to [-1, 1]
-DINOV2 = Preprocess(256, "short", crop=224, **_IMAGENET)
-SAM = Preprocess(1024, "long", "bilinear", pad=1024, **_IMAGENET)
+DINOV2 = Preprocess(256, "short", crop=224, **IMAGENET)
+SAM = Preprocess(1024, "long", "bilinear", pad=1024, **IMAGENET)
 
 
 def scaled(height: int, width: int, how: Preprocess) -> tuple[int, int]:

@@ -3,7 +3,7 @@
     scenes            the embedded world                        photos           crops of real photographs
     folder:DIR        pictures, with captions or in classes     tfds:NAME        TensorFlow Datasets, no TensorFlow
     arrayrecord:GLOB  written by vgen.data.cache                webdataset:GLOB  tar shards
-    npz:FILE          arrays image, label, caption
+    npz:FILE          arrays image, label, caption              digits           real handwritten digits
 
 An example holds some of: image (uint8 array, or the bytes of an image file, decoded later by the pipeline so that a bad
 one can be skipped), caption (str or list of str), label (int), name (what a person would look for), and more arrays.
@@ -19,11 +19,12 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from vgen.data.cache import ArrayRecords
+from vgen.data.digits import Digits
 from vgen.data.images import DataError
 from vgen.data.photos import Photos
 from vgen.data.webdataset import WebDataset, caption_of
 
-KINDS = ("scenes", "folder:DIR", "tfds:NAME", "arrayrecord:GLOB", "webdataset:GLOB", "npz:FILE", "photos")
+KINDS = ("scenes", "folder:DIR", "tfds:NAME", "arrayrecord:GLOB", "webdataset:GLOB", "npz:FILE", "photos", "digits")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = ("train", "val", "valid", "validation", "test", "heldout")
 
@@ -41,14 +42,19 @@ def open_source(spec: str, *, size: int | None = None, split: str = "train", hol
     """Open a data set by its spec (see the top of this file).
 
     size: pixels; needed by `scenes` and `photos`, which draw at that size; the other sources keep their own.
-    split: "train" or "heldout" for scenes and photos; a TFDS split; a sub-folder of `folder:DIR` named like a split.
+    split: "train" or "heldout" for scenes, photos and digits; a TFDS split; a sub-folder of `folder:DIR` named like a
+      split.
     holdout: for data that come in one piece, the share (evenly spread) that is "heldout" and kept out of "train".
-    kwargs: scenes: count, world, labels.  photos: count, seed, min_scale.  tfds: data_dir, keys.
+    kwargs: scenes: count, world, labels.  photos: count, seed, min_scale.  digits: count.  tfds: data_dir, keys.
     Raises ValueError for an unknown kind or keyword, DataError if there is nothing to read.
     """
     kind, _, where = spec.partition(":")
     if not 0 <= holdout < 1:
         raise ValueError(f"open_source: holdout must be in [0, 1), got {holdout}")
+    if kind == "digits":
+        if where or holdout:
+            raise ValueError(f"open_source: digits takes nothing behind a colon and no holdout, got {spec!r}")
+        return _call(Digits, kwargs, split=split)
     if kind in ("scenes", "photos"):
         if where or size is None or holdout:
             raise ValueError(

@@ -179,6 +179,8 @@ class SuperResTransformer(Stacked):
     block: side of the blocks of multi-axis self-attention (`vgen.layers.attention.multi_axis`, heads split between
     local and dilated; the paper says "multi-axis" and no more), or None for full self-attention, for small grids.
     relative, by_codes: as in BaseTransformer; full self-attention alone for `relative`.
+    aligned: what is said of a low-resolution token is also added to the tokens that it covers, not in the paper: in few
+    steps a small model does not learn by cross-attention alone where to look.
     Parameters: low {embed, positions}, low_layers [low_depth, ...], low_norm, image, text, layers [depth, ...], head.
     """
 
@@ -197,6 +199,7 @@ class SuperResTransformer(Stacked):
     dropout: float = 0.0
     relative: bool = False
     by_codes: bool = False
+    aligned: bool = False
 
     @nn.compact
     def __call__(
@@ -234,10 +237,21 @@ class SuperResTransformer(Stacked):
         mask = jnp.concatenate([jnp.ones(low.shape[:2], bool), text_mask], axis=1)
 
         x = _Tokens(self.vocab, self.grid, self.width, self.dtype, name="image")(tokens, codes)
+        if self.aligned:
+            x = x + self._above(low).astype(x.dtype)
         axes = None if self.block is None else (*self.grid, self.block)
         block = Block(self.heads, self.mlp_dim, cross=True, axes=axes, relative=grid, name="layers", **args)
         x = self.run_stack(block, x, depth=self.depth, context=context, context_mask=mask, **run)
         return _Head(self.vocab, self.dtype, name="head")(x, codes)
+
+    def _above(self, low):
+        """States [b, m, width] of low-resolution tokens, each repeated for the tokens that it covers: [b, n, width]."""
+        (rows, columns), (height, width) = self.low_grid, self.grid
+        if height % rows or width % columns:
+            raise ValueError(f"SuperResTransformer: aligned needs a grid {self.grid} that {self.low_grid} divides")
+        low = low.reshape(low.shape[0], rows, columns, low.shape[-1])
+        low = low.repeat(height // rows, axis=1).repeat(width // columns, axis=2)
+        return low.reshape(low.shape[0], height * width, low.shape[-1])
 
 
 def layer_parameters(params) -> int:

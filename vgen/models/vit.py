@@ -3,6 +3,7 @@
 Sizes: Steiner et al. 2021 (AugReg, arXiv:2106.10270) for Ti to B, Zhai et al. 2021 (arXiv:2106.04560) for g and G.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,9 +12,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vgen.layers.attention import MultiHeadAttention
-from vgen.layers.embed import GridPositions, PatchEmbed, sincos_2d
+from vgen.layers.embed import GridPositions, PatchEmbed, resize_matrix, sincos_2d
 from vgen.layers.linear import linear
 from vgen.layers.transformer import MLP, Block, Stacked, drop_path_rates, norm_layer
+from vgen.types import Params
 
 TINY = dict(width=192, depth=12, heads=3, mlp_dim=768)
 SMALL = dict(width=384, depth=12, heads=6, mlp_dim=1536)
@@ -267,3 +269,27 @@ class ViT(Tower):
         if self.pool == "none":
             return tokens[:, extra:]
         raise ValueError(f"ViT: pool must be 'cls', 'gap', 'mean', 'cls_gap', 'map' or 'none', got {self.pool!r}")
+
+
+def resized(params: Params, grid: tuple[int, int], new: tuple[int, int], how: str = "bilinear") -> dict[str, Any]:
+    """Parameters of a ViT for images of `new` (rows, columns) of patches, from those for `grid`; the head is left out.
+
+    Learned positions are interpolated, that of the class token stays (Dosovitskiy et al. 2020, section 3.2).
+    how: see `resize_matrix`.  Raises ValueError where the table is not of `grid`.
+    """
+    params = {name: value for name, value in params.items() if name != "head"}
+    if "positions" not in params:
+        return params
+    table = np.asarray(params["positions"]["table"])
+    extra = len(table) - grid[0] * grid[1]
+    if extra not in (0, 1):
+        raise ValueError(f"resized: the table has {len(table)} positions, expected {grid[0] * grid[1]} or one more")
+    down, across = (resize_matrix(*pair, how).astype(table.dtype) for pair in zip(grid, new, strict=True))
+    made = np.einsum("ir,jc,rcw->ijw", down, across, table[extra:].reshape(*grid, -1))
+    return params | {"positions": {"table": np.concatenate([table[:extra], made.reshape(-1, table.shape[1])])}}
+
+
+def for_384_pixels(params: Params) -> dict[str, Any]:
+    """`resized` for square images of 384 pixels, from parameters for 224, as ViTs are fine-tuned."""
+    side = math.isqrt(len(params["positions"]["table"]))  # with or without the class token's
+    return resized(params, (side, side), (side * 384 // 224,) * 2)

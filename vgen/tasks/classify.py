@@ -1,7 +1,8 @@
 """Train a network to tell the class of a picture, clean or, for guidance of a diffusion model, at any of its noises.
 
 Sources: Dhariwal & Nichol 2021 (ADM, arXiv:2105.05233), section 4, for noised pictures; Szegedy et al. 2016
-(arXiv:1512.00567), section 7, for smoothed labels.
+(arXiv:1512.00567), section 7, for smoothed labels; Zhang et al. 2017 (arXiv:1710.09412) for Mixup; Steiner et al. 2021
+(AugReg, arXiv:2106.10270) and Dosovitskiy et al. 2020 (ViT, arXiv:2010.11929) for what ViT is trained with.
 """
 
 import dataclasses
@@ -26,6 +27,9 @@ class Classify:
 
     network: called as (x) or, with a schedule, (x, t); gives logits [b, classes], or an object that holds `logits`.
     classes: of the labels.  smoothing: share of the target that is spread evenly over all classes.
+    loss: "softmax", or "sigmoid": every class for itself, the sum over them, as ViT has it on ImageNet-21k and JFT.
+    mixup: alpha of Beta(alpha, alpha), from which a training batch's share of its own picture and label is drawn; the
+      rest is the batch's next one (0: none).
     schedule: the pictures are noised by it, at times of `draw`, and the network is told `time_scale` times the time;
       all three as of the `Diffuse` that it is to guide.  draw: arguments of `times.sample_times`.
 
@@ -36,6 +40,8 @@ class Classify:
     network: nn.Module
     classes: int
     smoothing: float = 0.0
+    loss: str = "softmax"
+    mixup: float = 0.0
     schedule: Schedule | None = None
     time_scale: float = 1.0
     draw: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -48,6 +54,10 @@ class Classify:
             raise ValueError(f"Classify: classes must be at least 2, got {self.classes}")
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"Classify: smoothing must be in [0, 1), got {self.smoothing}")
+        if self.loss not in ("softmax", "sigmoid"):
+            raise ValueError(f"Classify: loss must be 'softmax' or 'sigmoid', got {self.loss!r}")
+        if self.mixup < 0:
+            raise ValueError(f"Classify: mixup must be at least 0, got {self.mixup}")
         if self.schedule is None and (self.draw or self.time_scale != 1):
             raise ValueError("Classify: draw and time_scale are of noised pictures; they need a schedule")
 
@@ -73,16 +83,26 @@ class Classify:
         return (x,) if self.schedule is None else (objectives.diffuse(key, x, self.schedule, t).x, t)
 
     def losses(self, params: Params, ctx: Context, batch: Batch, key) -> dict[str, Loss]:
-        """{"main"}: the cross-entropy; its metrics are accuracy and, of more than five classes, accuracy_5."""
-        time_key, noise_key, dropout_key = jax.random.split(key, 3)
-        x = image_ops.to_float(batch["image"])
+        """{"main"}: the cross-entropy; its metrics are accuracy and, of more than five classes, accuracy_5, both of the
+        batch's own labels.
+        """
+        time_key, noise_key, dropout_key, mixup_key = jax.random.split(key, 4)
+        x, label, share = image_ops.to_float(batch["image"]), batch["label"], None
+        if self.mixup and ctx.train:
+            share = jax.random.beta(mixup_key, self.mixup, self.mixup, dtype=x.dtype)
+            share = jnp.maximum(share, 1 - share)
+            x = share * x + (1 - share) * jnp.roll(x, -1, axis=0)
         t = None
         if self.schedule is not None:
             t = times.sample_times(time_key, x.shape[0], self.schedule, **self.draw)
         x = self._noised(noise_key, x, t)
         logits = self.logits(params, *x, train=ctx.train, rngs={"dropout": dropout_key})
-        right = {name: hit.mean() for name, hit in hits(logits, batch["label"]).items()}
-        return {"main": Loss(cross_entropy(logits, batch["label"], self.smoothing).mean(), right)}
+        right = {name: hit.mean() for name, hit in hits(logits, label).items()}
+        each = cross_entropy(logits, label, self.smoothing, self.loss)
+        if share is not None:
+            other = cross_entropy(logits, jnp.roll(label, -1, axis=0), self.smoothing, self.loss)
+            each = share * each + (1 - share) * other
+        return {"main": Loss(each.mean(), right)}
 
     def evaluate(self, params: Params, batches: Iterable[Batch], key) -> dict[str, float]:
         """Cross-entropy, without smoothing, and accuracies on held-out data.
@@ -97,7 +117,7 @@ class Classify:
             t = None if self.schedule is None else times.place(jnp.asarray(places), self.schedule)
             logits = self.logits(params, *self._noised(key, x, t))
             each = hits(logits, label)
-            scores = {"cross_entropy": cross_entropy(logits, label)} | each
+            scores = {"cross_entropy": cross_entropy(logits, label, kind=self.loss)} | each
             for i in range(4 if self.schedule is not None else 0):
                 if (inside := np.floor(places * 4) == i).any():
                     scores[f"accuracy_quarter_{i + 1}"] = each["accuracy"][inside]
@@ -113,15 +133,20 @@ class Classify:
         return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
-def cross_entropy(logits, label, smoothing: float = 0.0):
-    """[b], in nats: -log p of the label, a share `smoothing` of it the mean of -log p over all classes.
+def cross_entropy(logits, label, smoothing: float = 0.0, kind: str = "softmax"):
+    """[b], in nats: of the labels' distribution, a share `smoothing` of which is spread evenly over all classes.
 
     logits: [b, classes].  label: int [b]; NaN for one that is no class, which ends a training.
+    kind: "softmax": -sum of target log p; "sigmoid": the sum over classes of the binary cross-entropies.
     """
-    log_p = jax.nn.log_softmax(logits)
-    known = (label >= 0) & (label < logits.shape[1])
-    own = jnp.take_along_axis(log_p, jnp.where(known, label, 0)[:, None], 1)[:, 0]
-    return -jnp.where(known, (1 - smoothing) * own + smoothing * log_p.mean(1), jnp.nan)
+    classes = logits.shape[1]
+    known = (label >= 0) & (label < classes)
+    target = (1 - smoothing) * jax.nn.one_hot(label, classes, dtype=logits.dtype) + smoothing / classes
+    if kind == "sigmoid":
+        each = -(target * jax.nn.log_sigmoid(logits) + (1 - target) * jax.nn.log_sigmoid(-logits)).sum(1)
+    else:
+        each = -(target * jax.nn.log_softmax(logits)).sum(1)
+    return jnp.where(known, each, jnp.nan)
 
 
 def hits(logits, label) -> dict[str, Any]:
