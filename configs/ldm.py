@@ -84,7 +84,7 @@ def _mini():
         vae=recipes.KL["mini"], autoencoder=recipes.AUTOENCODING["mini"],
         net=dict(widths=(64, 128), attention=(0, 1), blocks=1, heads=4, groups=8), diffuse=flow | late,
         text=dict(length=20, vocab_size=512), encoder=dict(depth=0, width=128, heads=4, mlp_dim=256),
-        unet=dict(steps=2600, batch=64, lr=3e-3, optim=dict(name="muon")),
+        unet=dict(steps=1800, batch=64, lr=3e-3, optim=dict(name="muon")),
         knobs=dict(batch_size=64, steps=25, guidance_scale=2.0, strength=0.6), scales=(1.5, 3.0, 5.0),
         eval_prompts=256, prompts=recipes.PROMPTS,
     )  # fmt: skip

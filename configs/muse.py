@@ -24,19 +24,21 @@ Published numbers
   TPUv4: 0.5 s for 256 px, 1.3 s for 512 px.
 
 Measured numbers
-  mini as it is now has not been run to its end; these are of mini before it had a local tokenizer, tokens by their
-  codes, eight colours and captions told mostly one way (its world is in the protocol of eval.json).
-  Two CPU cores, from nothing: 13 minutes 37 s, compilation, sampling and evaluation included.
-  Tokenizer on held-out scenes: PSNR 31.9 dB at 64 px, 31.3 dB at 32 px, 95 % of 512 codes used.
+  Two CPU cores, from nothing: 14 minutes (13 min 57 s), compilation, sampling and evaluation included.
+  Tokenizer on held-out scenes: PSNR 30.9 dB at 64 px, 28.7 dB at 32 px, 75 % of 512 codes used.
   256 held-out prompts, seed 0, 24 + 8 steps, guidance 1 (in brackets: off), read by the scene oracle:
-    base, 32 px      colour 0.71 (0.75)  shape 0.48 (0.52)  relation 0.41 (0.43)  scene_exact 0.105 (0.043)
-    superres, 64 px  colour 0.57 (0.64)  shape 0.27 (0.31)  relation 0.27 (0.32)  scene_exact 0.047 (0.020)
+    base, 32 px      colour 0.885 (0.83)  shape 0.685 (0.60)  relation 0.765 (0.69)  scene_exact 0.465 (0.34)
+    superres, 64 px  colour 0.84 (0.78)   shape 0.65 (0.56)   relation 0.72 (0.61)   scene_exact 0.41 (0.27)
   photos: held-out crops of 32 px, PSNR 30.9 dB, 96 % of 1024 codes used, 2000 steps.
-  The goal of mini is 0.95, 0.85, 0.90 and 0.70. What limited it was generalisation to pairs never seen: the base
-  model's loss was 1.1 on training scenes and 3.2 on held-out ones (3.8 without text), because a token says colour and
-  outline at once, and of a pair never seen no token was ever a target. Through the tokenizer alone 0.84 of held-out
-  scenes stayed readable at 32 px. On captions of training pairs a base model of 2000 steps reached, without guidance,
-  colour 0.95, shape 0.73, relation 0.47, scene_exact 0.60 (96 captions).
+  The goal of mini is 0.95, 0.85, 0.90 and 0.70 on prompts whose pairs training never shows; it is reached on 256
+  captions of training pairs (base: 0.95, 0.91, 0.92, 0.87).  What limits it is generalisation to those pairs, for a
+  token says colour and outline at once: the pictures have the right layout and outline and a token or two of another
+  colour.  More steps do not help, weight decay does; base, held-out loss and scene_exact (128 prompts up to 1500):
+    weight decay 0.02   3600 steps 1.09 0.40
+    weight decay 0.5    1500 steps 1.01 0.41    2900 steps 0.91 0.465
+    weight decay 1.5    1500 steps 1.33 0.20    4.0: nothing is learned
+  Logits by a mixture of Gaussians over the codes, weight decay 0.02: 1500 steps 1.19 0.27, 3100 steps 1.21 0.285.
+  Guidance 2 and 3: 0.40 and 0.18 at the end; other temperatures and 64 steps: no better.
 """
 
 from ml_collections import ConfigDict

@@ -20,6 +20,7 @@ def test_a_budget_buys_every_network_the_same_flops(tmp_path):
     assert not any((tmp_path / folder).exists() for folder in curves.FOLDERS.values())
 
 
+@pytest.mark.slow
 def test_the_table(tmp_path, capsys):
     with quick_compilation():
         assert main(["curves", f"--workdir={tmp_path}", "--scale=tiny"]) == 0

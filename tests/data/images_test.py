@@ -168,7 +168,7 @@ def test_random_crop_depends_on_the_generator_alone():
 
 
 def test_unknown_way_lists_the_known():
-    with pytest.raises(ValueError, match="center_crop, random_crop, resize, pad"):
+    with pytest.raises(ValueError, match="center_crop, random_crop, inception_crop, resize, pad"):
         images.resize(smooth(4, 4), 4, "crop")
 
 

@@ -16,8 +16,8 @@ GREY = (128, 128, 128)  # what comes in at the sides
 
 # AugReg's names: (layers, magnitude) of RandAugment and the alpha of Mixup, which tasks.classify.Classify takes.
 AUGREG = dict(
-    none=((0, 0), 0.0), light1=((2, 0), 0.0), light2=((2, 10), 0.2), medium1=((2, 15), 0.2), medium2=((2, 15), 0.5),
-    strong1=((2, 20), 0.5), strong2=((2, 20), 0.8),
+    none=((0, 0.0), 0.0), light1=((2, 0.0), 0.0), light2=((2, 10.0), 0.2), medium1=((2, 15.0), 0.2),
+    medium2=((2, 15.0), 0.5), strong1=((2, 20.0), 0.5), strong2=((2, 20.0), 0.8),
 )  # fmt: skip
 
 

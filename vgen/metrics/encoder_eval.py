@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vgen import trees
@@ -62,7 +63,7 @@ class ClipQuality:
         weights = [
             words(t.format(f"{'an' if c[0] in 'aeiou' else 'a'} {c} {s}") for c, s in pairs) for t in self.templates
         ]
-        weights = np.asarray(unit(np.mean(weights, 0)))
+        weights = np.asarray(unit(jnp.asarray(np.mean(weights, 0))))
         scores: dict[str, Any] = {}
         for split, name in (("heldout", ""), ("train", "_training_pairs")):
             shown = examples(world, task.size, self.pictures, split)
