@@ -21,13 +21,14 @@ Published numbers
 Measured numbers
   mini on ldm's mini, 128 pictures of 64 held-out captions, seed 0, 25 steps; colour, shape, relation, scene_exact,
   diversity (in brackets exactness and diversity rescaled by 0.7):
-    1    0.92  0.78  0.86  0.67  0.489
-    1.5  0.93  0.82  0.91  0.73  0.464  (0.72, 0.468)
-    2    0.91  0.83  0.91  0.73  0.449  (0.71, 0.453)
-    3    0.87  0.79  0.87  0.66  0.448  (0.67, 0.429)
-    5    0.78  0.58  0.73  0.41  0.450  (0.37, 0.425)
-    8    0.67  0.43  0.59  0.20  0.461  (0.22, 0.424)
-  Rows of eval_cfg.json: scale_<s> and scale_<s>_rescale_0.7, with colour, shape, relation, scene_exact and diversity.
+    1    0.92  0.78  0.86  0.67  0.245
+    1.5  0.93  0.82  0.91  0.73  0.232  (0.72, 0.234)
+    2    0.91  0.83  0.91  0.73  0.225  (0.71, 0.227)
+    3    0.87  0.79  0.87  0.66  0.224  (0.67, 0.215)
+    5    0.78  0.58  0.73  0.41  0.225  (0.37, 0.213)
+    8    0.67  0.43  0.59  0.20  0.231  (0.22, 0.212)
+  Diversity is of values in [0, 1].  Rows of eval_cfg.json: scale_<s> and scale_<s>_rescale_0.7, with colour, shape,
+  relation, scene_exact and diversity.
 """
 
 from ml_collections import ConfigDict
