@@ -128,7 +128,7 @@ def _mini():
     return _world(
         size=32, world=recipes.CLASSES, cached=40_000, eval_count=512,
         net=dict(widths=(32, 64, 96), attention=(0, 0, 1), blocks=1, head_dim=32, groups=8),
-        unet=dict(steps=2000, batch=16, lr=2e-3, optim=dict(name="muon")),
+        unet=dict(steps=1300, batch=16, lr=2e-3, optim=dict(name="muon")),
         judge=dict(widths=(16, 32, 64), attention=(0, 0, 1), blocks=1, head_dim=32, groups=8),
         classifier=dict(steps=1000, batch=32, lr=2e-3),
         knobs=dict(batch_size=66, steps=25, classifier_scale=2.0, strength=0.6), eval_pictures=264,

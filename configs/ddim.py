@@ -49,7 +49,7 @@ TASKS = dict(
 
 EVAL = dict(
     tiny=dict(pictures=4, steps=(2, 3), tasks={name: TASKS[name] for name in ("eta_0", "ddpm")}),
-    mini=dict(pictures=256, steps=STEPS[:4], tasks=TASKS),
+    mini=dict(pictures=128, steps=STEPS[:4], tasks=TASKS),
     small=dict(pictures=1024, steps=STEPS, tasks=TASKS),
 )
 

@@ -90,7 +90,7 @@ def _mini():
     return _world(
         size=32, world=recipes.WORLD, cached=40_000, eval_count=512,
         net=dict(widths=(32, 64, 128), attention=(0, 0, 1), blocks=1, groups=8),
-        unet=dict(steps=3000, batch=32, lr=2e-3, optim=dict(name="muon")), batch_size=64, steps=100, eval_pictures=256,
+        unet=dict(steps=2000, batch=16, lr=2e-3, optim=dict(name="muon")), batch_size=64, steps=100, eval_pictures=128,
     )  # fmt: skip
 
 
