@@ -22,7 +22,12 @@ Published numbers
   6.53, 3.51.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini on ddpm's mini, 128 pictures, seed 0; share read as scenes, and in brackets the distance to 100 steps:
+    steps       10            20            50            100
+    eta 0       0.24 (0.168)  0.34 (0.084)  0.37 (0.033)  0.36
+    eta 1       0.24 (0.657)  0.40 (0.599)  0.47 (0.419)  0.52
+    ddpm        0.01 (0.709)  0.30 (0.619)  0.48 (0.423)  0.51
+  As published, sigma hat is of no use in 10 steps, and with enough of them noise is better than none.
   Rows of eval_ddim.json: <eta_0, eta_1 or ddpm>_steps_<n>, with scene, pairs and distance (to the most steps, from the
   same noise; pictures in [-1, 1]).
 """

@@ -27,7 +27,10 @@ Published numbers
   4.67, 4.16, 4.04; eta 1 41.07, 18.36, 8.01, 5.78, 4.73.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini, from nothing on two CPU cores: 16 minutes with other work beside it, 14 of them training (2000 steps of 16).
+  Held-out eps loss 0.0049.  128 pictures, seed 0, 100 steps: 0.40 of them are read as a scene of the world, and 0.83 of
+  its (colour, shape) pairs occur.  The others mostly have a background of a colour that no scene has: at the highest
+  noise, where eps says least about it, 32,000 samples are few.
 """
 
 from ml_collections import ConfigDict, FieldReference

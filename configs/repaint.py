@@ -25,7 +25,13 @@ Published numbers
   settings on the CIFAR-10 network: the networks of those numbers are others.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini on ddpm's mini, 64 scenes cut through an object, seed 0, 100 steps; scene, object, agreement, seam, evaluations:
+    repeats 1   0.80  0.77  0.75  2.42  100
+    repeats 3   0.91  0.92  0.89  1.54  280
+    repeats 10  0.98  0.91  0.91  1.36  910
+    slow        0.78  0.73  0.73  2.32  910
+  The known region is kept exactly (known_error 0).  As published, it is resampling that makes the hole agree with what
+  is around it, and not the number of steps.
   Rows of eval_repaint.json: repeats_<r>, 1 of which is the plain replacement, and slow, that one in as many steps as
   the most repeats take; with known_error, scene, object, agreement, seam (1 for the true pictures) and evaluations.
 """

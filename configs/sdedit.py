@@ -23,7 +23,16 @@ Published numbers
   0.6. `paper` is their number of steps on the CIFAR-10 network: the networks of those numbers are others.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini on ddpm's mini, 64 pictures, seed 0, 100 steps; fidelity, scene, colour:
+    input  -     0.08  0.54
+    0.2    23.0  0.97  1.00
+    0.3    22.0  1.00  0.98
+    0.4    20.2  0.95  0.85
+    0.5    17.7  0.97  0.59
+    0.6    14.8  0.86  0.22
+    0.7    13.1  0.63  0.04
+    0.9    10.4  0.48  0.02
+  Realism for fidelity, as published; beyond 0.6 pictures are as good as those made of noise alone (0.51).
   Rows of eval_sdedit.json: input (scenes averaged over blocks of 4 x 4 pixels) and strength_<t0>, with fidelity (PSNR
   to the input, dB), scene and colour.
 """
