@@ -75,7 +75,7 @@ def _mini():
         size=32, world=recipes.CLASSES, cached=40_000, eval_count=512,
         net=dict(width=128, depth=4, heads=4, mlp_dim=512, patch_size=4, unroll=4, decoder_width=64, decoder_depth=2,
                  decoder_heads=4, decoder_mlp_dim=256, norm_pix=False),
-        train=dict(steps=4000, batch=64, lr=1e-3),
+        train=dict(steps=3000, batch=64, lr=2e-3, optim=dict(name="muon")),
     )  # fmt: skip
 
 

@@ -23,7 +23,10 @@ Published numbers
   JFT: H/14 88.55, L/16 87.76.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini, 1500 steps of 64 by Muon: top-1 1.000 on 1024 held-out scenes of 24 (colour, shape) classes (goal 0.95), 15
+  minutes on one core with other work beside it.  By Adam at 1e-3, pictures turned and sheared up to 30 degrees and 0.3:
+  0.571 after as many steps.
+  digits: top-1 0.983 on the 300 held-out digits that are looked at (goal 0.97), 4 minutes on one core.
 """
 
 from ml_collections import ConfigDict
@@ -80,6 +83,12 @@ def _world(*, size, world, eval_count, net, train, cached=0, data=None, **task):
     return dict(stages=dict(vit=stage), order=("vit",))
 
 
+# Of small pictures, which are moved and turned a little.
+MOVED = dict(
+    augment=dict(target="vgen.data.augment:RandAugment", layers=2, magnitude=3.0, operations=augment.GEOMETRIC)
+)
+
+
 def _tiny():
     return _world(
         size=16, world=recipes.CLASSES, eval_count=16, net=dict(width=16, depth=2, heads=2, mlp_dim=32, patch_size=4),
@@ -92,19 +101,17 @@ def _mini():
     return _world(
         size=32, world=recipes.CLASSES, cached=40_000, eval_count=1024,
         net=dict(width=128, depth=4, heads=4, mlp_dim=512, patch_size=4, drop_path=0.1, unroll=4),
-        train=dict(steps=1500, batch=64, lr=1e-3), mixup=0.2, smoothing=0.1,
-        data=_augmented("light2", augment.GEOMETRIC),
+        train=dict(steps=1500, batch=64, lr=2e-3, optim=dict(name="muon")), mixup=0.2, smoothing=0.1, data=MOVED,
     )  # fmt: skip
 
 
 def _digits():
-    """1437 digits of 8 x 8 pixels, 360 held out; moved and turned a little, for there are few."""
+    """1437 digits of 8 x 8 pixels, 359 held out; moved and turned a little, for there are few."""
     data = dict(source="digits", size=8, text=False)
     stage = dict(
         task=_task(size=8, classes=10, mixup=0.2, smoothing=0.1,
                    net=dict(width=128, depth=4, heads=4, mlp_dim=512, patch_size=2, drop_path=0.1, unroll=4)),
-        data=data | dict(augment=dict(target="vgen.data.augment:RandAugment", layers=2, magnitude=3.0,
-                                      operations=augment.GEOMETRIC)),
+        data=data | MOVED,
         evaluate=dict(split="heldout", augment={}, batches=6),
         train=recipes.train(steps=2000, batch=60, lr=1e-3),
     )  # fmt: skip

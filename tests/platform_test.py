@@ -10,7 +10,7 @@ from vgen.platform import HUGE_PAGES, with_huge_pages
 
 def test_huge_pages_are_asked_for_once():
     asked = with_huge_pages({"A": "b"}, "linux")
-    assert asked == {"A": "b", "GLIBC_TUNABLES": HUGE_PAGES}
+    assert asked == {"A": "b", "GLIBC_TUNABLES": HUGE_PAGES} and HUGE_PAGES == "glibc.malloc.hugetlb=1"
     assert with_huge_pages(asked, "linux") is None
     beside = with_huge_pages({"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, "linux")
     assert beside == {"GLIBC_TUNABLES": f"glibc.malloc.arena_max=1:{HUGE_PAGES}"}

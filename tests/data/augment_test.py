@@ -40,6 +40,19 @@ def test_operations_by_hand():
     assert (turned[0, 0] == GREY).all() and (turned[16, 4] == 0).all() and (turned[16, 28] == HALVES[0, 31]).all()
 
 
+@pytest.mark.parametrize("level", [0.5, 1.0])
+def test_shears_move_a_line_by_three_tenths_of_the_distance(level):
+    line = np.zeros((64, 64, 3), np.uint8)
+    line[:, 32] = 255
+    for name, image in (("shear_x", line), ("shear_y", line.swapaxes(0, 1))):
+        out = run(name, image, level)
+        out = out if name == "shear_x" else out.swapaxes(0, 1)
+        there = (out == 255).all(-1)
+        distances, places = np.nonzero(there)
+        slope = np.polyfit(distances, places, 1)[0]
+        assert abs(abs(slope) - 0.3 * level) < 0.02 and len(distances) > 50
+
+
 @pytest.mark.parametrize("name", GEOMETRIC)
 def test_what_moves_leaves_colours_as_they_are(name):
     colours = {tuple(c) for c in run(name, HALVES, 1.0).reshape(-1, 3)}
