@@ -180,6 +180,9 @@ def test_other_shapes_and_settings_refused(params):
     for change, message in wrong:
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(LATENT, **change)
+    rows = PIXELS.network.label_rows
+    with pytest.raises(ValueError, match=f"has {rows} labels, {rows} classes and none need {rows + 1}; give it num"):
+        dataclasses.replace(PIXELS, classes=rows, drop=0.1)  # the row of none would be NaN
 
 
 def test_gaussian_autoencoder_learns_to_reconstruct_and_to_keep_its_latents_small():

@@ -49,7 +49,7 @@ def config(scale: str, steps: Mapping[str, int]) -> dict[str, Any]:
     )
     told = dict(text_encoder=reader, train_text=True)
     tasks = {
-        "class: U-Net": dict(network=dict(unet, num_classes=classes), classes=classes),
+        "class: U-Net": dict(network=dict(unet, num_classes=classes + 1), classes=classes),
         "class: DiT": dict(network=dict(target="vgen.models.dit:DiT", num_classes=classes, **shape), classes=classes),
         "text: U-Net": dict(network=dict(unet, context_dim=width), **told),
         "text: PixArt": dict(network=dict(target="vgen.models.pixart:PixArt", context_width=width,

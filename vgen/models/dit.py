@@ -164,6 +164,11 @@ class DiT(Stacked):
     sample_size: int = 32
     param_dtype: Any = jnp.float32
 
+    @property
+    def label_rows(self) -> int:
+        """How many labels there are, that of no class among them."""
+        return self.num_classes + 1
+
     @nn.compact
     def __call__(
         self,

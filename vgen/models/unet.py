@@ -69,6 +69,11 @@ class Encoder(nn.Module, kw_only=True):
     dtype: Any = None
 
     @property
+    def label_rows(self) -> int | None:
+        """How many labels there are; None where the network is told none."""
+        return self.num_classes
+
+    @property
     def downsampling(self) -> int:
         """Pixels of the input per place of the lowest level along each axis."""
         return 2 ** (len(self.widths) - 1)

@@ -101,6 +101,12 @@ class Diffuse:
             raise ValueError(f"Diffuse: micro must be none, size or crop, got {self.micro!r}")
         if self.classifier is not None and not self.classes:
             raise ValueError("Diffuse: a classifier needs classes, the number of its labels")
+        rows, needed = getattr(self.network, "label_rows", None), self.classes + bool(self.drop)
+        if self.classes and rows is not None and rows < needed:
+            raise ValueError(
+                f"Diffuse: the network has {rows} labels, {self.classes} classes{' and none' * bool(self.drop)} need "
+                f"{needed}; give it num_classes={needed - rows + self.network.num_classes}, or drop=0"
+            )
         factor = self.vae.downsampling if self.vae is not None else 1
         if self.size < 1 or self.size % factor:
             raise ValueError(f"Diffuse: size {self.size} must be a multiple of the vae's {factor} pixels per latent")
