@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from vgen.diffusion.predictions import kind_of, noise_of, spread
 from vgen.types import Denoiser, Prediction, Step
@@ -41,13 +42,24 @@ def mix(
         w = weights(step)
         if w.shape != (len(conds),):
             raise ValueError(f"mix: weights must have shape ({len(conds)},), one per condition, got {w.shape}")
-        parts = pred.x0.reshape(len(conds), -1, *pred.x0.shape[1:])  # [conds, b, ...]
+        first = pred.x0[: pred.x0.shape[0] // len(conds)]
         aux = jax.tree.map(lambda a: a[: a.shape[0] // len(conds)], pred.aux)
-        dtype = jnp.promote_types(parts.dtype, jnp.float32)
-        mixed = jnp.tensordot(w.astype(dtype), parts.astype(dtype), axes=1)
-        return Prediction(mixed if rescale is None else rescaled(mixed, parts[0], x, step, rescale, kind), aux)
+        mixed = weighted(pred.x0, w)
+        return Prediction(mixed if rescale is None else rescaled(mixed, first, x, step, rescale, kind), aux)
 
     return denoise
+
+
+def weighted(x: Float[Array, "n ..."], w: Float[Array, "conds"]) -> Float[Array, "b ..."]:
+    """sum_i w_i x_i of the predictions x [conds * b, ...] under every condition, in float32 or wider."""
+    parts = x.reshape(w.shape[0], -1, *x.shape[1:])  # [conds, b, ...]
+    dtype = jnp.promote_types(parts.dtype, jnp.float32)
+    return jnp.tensordot(w.astype(dtype), parts.astype(dtype), axes=1)
+
+
+def single(step: Step) -> Float[Array, "1"]:
+    """The weight of the only condition: no guidance."""
+    return jnp.ones(1)
 
 
 def cfg(scale: Any) -> Weights:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from vgen.edit.inpaint_tokens import blend, inpaint, token_mask
+from vgen.edit.inpaint_tokens import blend, box_mask, inpaint, token_mask
 from vgen.sample import sample
 from vgen.tokens.parallel import grid, maskgit_sampler
 from vgen.types import Prediction
@@ -48,3 +48,17 @@ def test_blend_against_scipy():
     soft = scipy.ndimage.gaussian_filter(mask[0].astype(float), 2.0, mode="nearest", truncate=3.0)[None, ..., None]
     np.testing.assert_allclose(blend(*map(jnp.asarray, (a, b, mask)), 2.0), soft * b + (1 - soft) * a, atol=1e-5)
     np.testing.assert_array_equal(blend(*map(jnp.asarray, (a, b, mask)), 0.0), np.where(mask[..., None], b, a))
+
+
+def test_boxes_are_masks():
+    mask = box_mask(np.array([[1, 0, 3, 2], [0, 2, 4, 3]]), 3, 4)
+    assert mask.astype(int).tolist() == [
+        [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]],
+        [[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]],
+    ]
+
+
+@pytest.mark.parametrize("box", [[1, 1, 1, 2], [2, 0, 1, 2], [-1, 0, 2, 2], [0, 0, 5, 2], [0, 0, 2, 4]])
+def test_boxes_outside_of_the_picture_are_refused(box):
+    with pytest.raises(ValueError, match=r"lie in the picture, 4 x 3 pixels, got \["):
+        box_mask(np.array([[0, 0, 1, 1], box]), 3, 4)

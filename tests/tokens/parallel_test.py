@@ -202,3 +202,36 @@ def test_a_function_of_the_step_is_the_factor_of_the_noise():
 
     np.testing.assert_array_equal(masked(own), masked(4.5))
     assert not np.array_equal(masked(annealed(2.0, 0.0, 6)), masked(4.5))
+
+
+def test_second_thoughts_mend_what_was_found_at_once():
+    """Pairs of equal tokens, all found in one step and so independently: 1/7 match.  Behind it half of them are found
+    again in each row: of a pair one (1/2), which makes it match, both (1/4), which is as at first, or none (1/4).
+    """
+
+    def denoise(x, step):
+        partner = x.reshape(-1, 32, 2)[..., ::-1].reshape(x.shape)
+        return Prediction(20.0 * jax.nn.one_hot(jnp.where(partner == MASK, -1, partner), VOCAB))
+
+    known = jnp.arange(64) < 8
+    start = jnp.where(known, jnp.arange(64) % 2, MASK)[None].repeat(64, 0)  # four pairs that do not match, and stay
+    matching = {}
+    for rows in (1, 2, 12):
+        hook = parallel.second_thoughts(MASK)
+        x = sample(denoise, maskgit_sampler(MASK), grid(1, 12), jax.random.key(0), start, hook, num_steps=rows)
+        np.testing.assert_array_equal(x[:, :8], start[:, :8])
+        assert not (x == MASK).any()
+        matching[rows] = float((x[:, 8::2] == x[:, 9::2]).mean())
+    plain = sample(denoise, maskgit_sampler(MASK), grid(1), jax.random.key(0), start)
+    one = sample(denoise, maskgit_sampler(MASK), grid(1, 12), jax.random.key(0), start, hook, num_steps=1)
+    np.testing.assert_array_equal(one, plain)  # of what is decoded nothing changes
+    assert matching == pytest.approx({1: 1 / 7, 2: 4 / 7, 12: 5 / 7}, abs=0.04)
+
+
+def test_random_places_are_free_and_as_many_as_asked():
+    free = jax.random.uniform(jax.random.key(0), (5, 40)) < 0.4
+    count = jnp.asarray([0, 1, 3, 5, 100])
+    chosen = np.stack([parallel.random_places(jax.random.key(i), free, count) for i in range(200)])
+    np.testing.assert_array_equal(chosen.sum(2), np.minimum(count, free.sum(1))[None].repeat(200, 0))
+    often = chosen.mean(0)
+    assert not often[~np.asarray(free)].any() and often[3][np.asarray(free[3])].min() > 0.1

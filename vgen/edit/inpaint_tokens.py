@@ -2,9 +2,29 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vgen.types import Edit
+
+
+def box_mask(boxes: Int[np.ndarray, "b 4"], height: int, width: int) -> Bool[np.ndarray, "b height width"]:
+    """Masks that are True inside of a box each, (left, top, right, bottom) in pixels, the last two not included.
+
+    What is in the box is made anew, with another class or text replaced; with ~ all around it is (outpainting).
+    Raises ValueError for a box that is empty or not inside of the picture.
+    """
+    boxes = np.asarray(boxes)
+    left, top, right, bottom = boxes.T[..., None, None]
+    good = (0 <= left) & (left < right) & (right <= width) & (0 <= top) & (top < bottom) & (bottom <= height)
+    if not good.all():
+        worst = boxes[~good.ravel()][0].tolist()
+        raise ValueError(
+            "box_mask: a box (left, top, right, bottom) must have an inside and lie in the picture, "
+            f"{width} x {height} pixels, got {worst}"
+        )
+    rows, columns = np.arange(height)[:, None], np.arange(width)
+    return (left <= columns) & (columns < right) & (top <= rows) & (rows < bottom)
 
 
 def token_mask(mask: Bool[Array, "b height width"], grid: tuple[int, int], margin: int = 0) -> Bool[Array, "b n"]:

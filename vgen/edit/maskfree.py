@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from vgen.tokens.parallel import grid, sample_tokens
+from vgen.tokens.parallel import grid, random_places, sample_tokens
 from vgen.types import Edit, Intervention, Sampler
 
 GUIDANCE_SCALE = 4.0  # of the paper, constant: weights `vgen.guidance.cfg(1 + GUIDANCE_SCALE)`
@@ -34,10 +33,8 @@ def maskfree(
     free = jnp.ones(tokens.shape, bool) if free is None else free
 
     def before(key, x, step, state):
-        # random ranks with the free places first, so that the count is exact in every row
-        order = jnp.where(free, jax.random.uniform(key, x.shape), 2.0).argsort(axis=1).argsort(axis=1)
-        count = jnp.maximum(jnp.round(fraction * free.sum(axis=1, keepdims=True)), 1)
-        return jnp.where(free & (order < count), mask_id, x), state
+        count = jnp.maximum(jnp.round(fraction * free.sum(axis=1)), 1)
+        return jnp.where(random_places(key, free, count), mask_id, x), state
 
     def fill(key, x, pred, step, state):
         return jnp.where(x == mask_id, sample_tokens(key, pred.x0, temperature, top_k), x), state

@@ -1,8 +1,10 @@
 """MaskGIT's transformer: masked image tokens, given a class (Chang et al. 2022, arXiv:2202.04200)."""
 
+import math
+
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vgen.layers.embed import Positions
 from vgen.layers.transformer import Block, Stacked, activation, norm_layer
@@ -33,6 +35,15 @@ class MaskGIT(Stacked):
     @property
     def mask_id(self) -> int:
         return self.codebook + self.classes
+
+    @property
+    def vocab(self) -> int:
+        return self.codebook
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the largest square picture that fits."""
+        return (math.isqrt(self.length - 1),) * 2
 
     @nn.compact
     def __call__(
@@ -68,7 +79,13 @@ class MaskGIT(Stacked):
         logits = embed.attend(x) + bias
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
-    def image_logits(self, tokens: Int[Array, "b n"], label: Int[Array, "b"], **kwargs) -> Float[Array, "b n codebook"]:
-        """tokens: int32 in [0, codebook) or mask_id; label: int32 in [0, classes) -> logits over the codebook."""
-        ids = jnp.concatenate([self.codebook + label[:, None], tokens], axis=1)
+    def image_logits(
+        self, tokens: Int[Array, "b n"], label: Int[Array, "b"], keep: Bool[Array, "b"] | None = None, **kwargs
+    ) -> Float[Array, "b n codebook"]:
+        """tokens: int32 in [0, codebook) or mask_id; label: int32 in [0, classes) -> logits over the codebook.
+
+        keep: False where the class is left out, which is then masked like a token; not in the paper.  None keeps all.
+        """
+        first = self.codebook + label if keep is None else jnp.where(keep, self.codebook + label, self.mask_id)
+        ids = jnp.concatenate([first[:, None], tokens], axis=1)
         return self(ids, **kwargs)[:, 1:, : self.codebook]

@@ -41,10 +41,6 @@ class Amused(MaskedTokens):
                 f"{self.text_encoder.depth} and features {self.text_encoder.features}"
             )
 
-    @property
-    def mask_id(self) -> int:
-        return self.transformer.mask_id
-
     def _read(self, params, text, mask, train=False, key=None):
         """({states, pooled; no_states, no_pooled of the empty text}, mask), all [b, ...]."""
         kwargs = dict(train=True, rngs={"dropout": key}) if train and self.train_text else {}
@@ -56,8 +52,8 @@ class Amused(MaskedTokens):
         nothing = {"no_" + name: jnp.broadcast_to(x[b:], (b, *x.shape[1:])) for name, x in states.items()}
         return {name: x[:b] for name, x in states.items()} | nothing, mask
 
-    def _arguments(self, tokens, low, states, text_mask, keep) -> tuple:
-        b = tokens.shape[0]
+    def _arguments(self, tokens, low, told, keep) -> tuple:
+        b, states = tokens.shape[0], told["states"]
 
         def chosen(name):
             some = states[name]
@@ -69,8 +65,8 @@ class Amused(MaskedTokens):
         micro = micro_conditions(b, self.size, self.size, aesthetic=self.aesthetic)
         return grid, chosen("states"), chosen("pooled"), micro
 
-    def _predict(self, params, tokens, low, states, text_mask, keep, **kwargs):
-        logits = super()._predict(params, tokens, low, states, text_mask, keep, **kwargs)
+    def _predict(self, params, tokens, low, told, keep, **kwargs):
+        logits = super()._predict(params, tokens, low, told, keep, **kwargs)
         return logits.reshape(*tokens.shape, logits.shape[-1])
 
     def sample(

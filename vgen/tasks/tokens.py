@@ -1,4 +1,4 @@
-"""Masked image tokens given text: train and sample MaskGIT-like generators (Muse's base and super-resolution models).
+"""Masked image tokens given a text or a class: train and sample MaskGIT and Muse's base and super-resolution models.
 
 Sources: Chang et al. 2022 (MaskGIT), section 3.2; Chang et al. 2023 (Muse), sections 2.3 to 2.8 and 3.2.
 """
@@ -17,6 +17,7 @@ from vgen import guidance
 from vgen.data import images as image_ops
 from vgen.edit import inpaint_tokens
 from vgen.edit.maskfree import GUIDANCE_SCALE, maskfree
+from vgen.models.maskgit import MaskGIT
 from vgen.models.muse import BaseTransformer, SuperResTransformer
 from vgen.models.vqgan import VQGAN
 from vgen.sample import sample
@@ -26,24 +27,29 @@ from vgen.types import Batch, Context, Edit, Loss, Params, Prediction, Sampler
 
 @dataclasses.dataclass(frozen=True)
 class MaskedTokens:
-    """Predict masked tokens of an image from the others, a text and, for super-resolution, a smaller image's tokens.
+    """Predict masked tokens of an image from the others, a text or a class and, for super-resolution, a smaller image's
+    tokens.
 
-    transformer: BaseTransformer, or SuperResTransformer, which makes this the second stage of a cascade.
+    transformer: BaseTransformer, or SuperResTransformer, which makes this the second stage of a cascade; MaskGIT for
+      classes.
     tokenizer: of the images generated here, frozen.  low_tokenizer: of the low-resolution tokens (None: `tokenizer`).
-    text_encoder: called as (tokens, mask); its parameters train along when `train_text`, else they are frozen.
+    text_encoder: called as (tokens, mask); its parameters train along when `train_text`, else they are frozen.  None,
+      and only then, in a system of classes.
     size, low_size: pixels of the generated and, for super-resolution, of the conditioning image; a batch's images are
       reduced to these by box averaging.  max_steps: the longest decoding that sampling can be asked for.
     schedule: of the masked fraction, in training and decoding.  label_smoothing: of the cross-entropy.
-    text_drop: share of the samples trained without their text.
+    text_drop: share of the samples trained without their text or class; of classes 0 as published, and then there is no
+      guidance.
     low_noise: largest share of conditioning tokens replaced by random ones in training (0: Muse, which does not say).
+    edit_from: share of the steps that inpainting leaves out at the beginning (MaskGIT's editing: 2 of 12).
 
     Parameters: transformer, text_encoder, tokenizer and, where it is another network, low_tokenizer.
     """
 
-    transformer: BaseTransformer | SuperResTransformer
+    transformer: BaseTransformer | SuperResTransformer | MaskGIT
     tokenizer: VQGAN
-    text_encoder: nn.Module
     size: int
+    text_encoder: nn.Module | None = None
     low_tokenizer: VQGAN | None = None
     low_size: int = 0
     train_text: bool = False
@@ -52,10 +58,18 @@ class MaskedTokens:
     label_smoothing: float = 0.1
     text_drop: float = 0.1
     low_noise: float = 0.0
+    edit_from: float = 0.0
 
     buffers = ""
 
     def __post_init__(self):
+        if (self.text_encoder is None) != isinstance(self.transformer, MaskGIT):
+            raise ValueError(
+                "MaskedTokens: a MaskGIT is told a class and takes no text_encoder, other transformers need one; got "
+                f"{type(self.transformer).__name__} and {type(self.text_encoder).__name__}"
+            )
+        if not 0 <= self.edit_from < 1:
+            raise ValueError(f"MaskedTokens: edit_from must be in [0, 1), got {self.edit_from}")
         if self.superres and self.low_size < 1:
             raise ValueError("MaskedTokens: a SuperResTransformer needs low_size, the pixels of the conditioning image")
         grid = (self.size // self.tokenizer.downsampling,) * 2
@@ -80,31 +94,48 @@ class MaskedTokens:
 
     @property
     def mask_id(self) -> int:
-        return self.transformer.vocab
+        return getattr(self.transformer, "mask_id", self.transformer.vocab)
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are; 0 in a system of texts."""
+        return self.transformer.classes if self.text_encoder is None else 0
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """What a batch says of its images."""
+        return ("label",) if self.classes else ("text", "text_mask")
+
+    @property
+    def _always_told(self) -> bool:
+        """Whether training never leaves the class out; a text is left out, or there is an empty one."""
+        return bool(self.classes) and not self.text_drop
 
     def init(self, key, batch: Batch) -> Params:
         """All parameters, the frozen ones too (of the right shapes)."""
         keys = jax.random.split(key, 4)
-        text, mask = batch["text"][:1], batch["text_mask"][:1]
         image = jnp.zeros((1, self.size, self.size, 3), jnp.float32)
-        params = {
-            "text_encoder": self.text_encoder.init(keys[0], text, mask)["params"],
-            "tokenizer": self.tokenizer.init(keys[1], image)["params"],
-        }
-        states, mask = self._read(params, text, mask)
+        params = {"tokenizer": self.tokenizer.init(keys[1], image)["params"]}
+        first = {name: batch[name][:1] for name in self.conditions}
+        if not self.classes:
+            params["text_encoder"] = self.text_encoder.init(keys[0], first["text"], first["text_mask"])["params"]
         tokens = jnp.zeros((1, np.prod(self.transformer.grid)), jnp.int32)
         low = None
         if self.superres:
             low = jnp.zeros((1, np.prod(self.transformer.low_grid)), jnp.int32)
             if self.low_tokenizer is not None:
                 params["low_tokenizer"] = self.low_tokenizer.init(keys[2], image)["params"]
-        args = self._arguments(tokens, low, states, mask, None)
-        return params | {"transformer": self.transformer.init(keys[3], *args, **self._codes(params))["params"]}
+        args = self._arguments(tokens, low, self._told(params, first), None)
+        made = self.transformer.init(keys[3], *args, method=self._method, **self._codes(params))
+        return params | {"transformer": made["params"]}
 
     # ------------------------------------------------------------------------------------------------------- losses
 
     def losses(self, params: Params, ctx: Context, batch: Batch, key) -> dict[str, Loss]:
-        """{"main"}: cross-entropy of the masked tokens, averaged over all of the batch's masked tokens."""
+        """{"main"}: cross-entropy of the masked tokens, averaged over all of the batch's masked tokens.
+
+        NaN, which ends a training, where a label is no class.
+        """
         fraction_key, mask_key, drop_key, noise_key, dropout_key = jax.random.split(key, 5)
         tokens, low = self._tokens(params, batch["image"])
         b = tokens.shape[0]
@@ -113,11 +144,12 @@ class MaskedTokens:
         if low is not None and self.low_noise:
             low = self._corrupt(noise_key, low)
         keep = jax.random.uniform(drop_key, (b,)) >= self.text_drop
-        states, text_mask = self._read(params, batch["text"], batch["text_mask"], train=ctx.train, key=dropout_key)
-        logits = self._predict(
-            params, masked, low, states, text_mask, keep, train=ctx.train, rngs={"dropout": dropout_key}
-        )
+        told = self._told(params, batch, train=ctx.train, key=dropout_key)
+        logits = self._predict(params, masked, low, told, keep, train=ctx.train, rngs={"dropout": dropout_key})
         value, accuracy = self._cross_entropy(logits, tokens, mask, self.label_smoothing)
+        if self.classes:
+            known = (batch["label"] >= 0) & (batch["label"] < self.classes)
+            value = jnp.where(known.all(), value, jnp.nan)
         return {"main": Loss(value, {"accuracy": accuracy})}
 
     def _cross_entropy(self, logits, tokens, mask, smoothing):
@@ -159,15 +191,26 @@ class MaskedTokens:
         noise = jax.random.randint(what_key, low.shape, 0, self.transformer.low_vocab, low.dtype)
         return jnp.where(jax.random.uniform(where_key, low.shape) < share, noise, low)
 
+    def _told(self, params, conds, prefix="text", **kwargs) -> dict[str, Any]:
+        """What the transformer is told, [b, ...]: {"label"}, or {"states", "mask"} of the texts of that name."""
+        if self.classes:
+            return {"label": conds["label"]}
+        return dict(zip(("states", "mask"), self._read(params, conds[prefix], conds[f"{prefix}_mask"], **kwargs)))
+
     def _read(self, params, text, mask, train=False, key=None):
         """(text states, text mask); encoders return states, or states and mask."""
         kwargs = dict(train=True, rngs={"dropout": key}) if train and self.train_text else {}
         out = self.text_encoder.apply({"params": params["text_encoder"]}, text, mask, **kwargs)
         return out if isinstance(out, tuple) else (out, mask)
 
-    def _predict(self, params, tokens, low, states, text_mask, keep, **kwargs):
-        args = self._arguments(tokens, low, states, text_mask, keep)
-        return self.transformer.apply({"params": params["transformer"]}, *args, **self._codes(params), **kwargs)
+    @property
+    def _method(self) -> str:
+        return "image_logits" if self.classes else "__call__"
+
+    def _predict(self, params, tokens, low, told, keep, **kwargs):
+        args = self._arguments(tokens, low, told, keep)
+        kwargs |= self._codes(params)
+        return self.transformer.apply({"params": params["transformer"]}, *args, method=self._method, **kwargs)
 
     def _codes(self, params) -> dict[str, Any]:
         """The codebooks that a transformer with by_codes is told."""
@@ -176,34 +219,45 @@ class MaskedTokens:
         codes = {"codes": params["tokenizer"]["quantizer"]["codebook"]}
         return codes | ({"low_codes": params[self._low_name]["quantizer"]["codebook"]} if self.superres else {})
 
-    def _arguments(self, tokens, low, states, text_mask, keep) -> tuple:
+    def _arguments(self, tokens, low, told, keep) -> tuple:
         """What the transformer is called with."""
-        return (tokens, states, text_mask, keep) if low is None else (tokens, low, states, text_mask, keep)
+        said = (told["label"],) if self.classes else (told["states"], told["mask"])
+        return (tokens, *([] if low is None else [low]), *said, keep)
 
     # ----------------------------------------------------------------------------------------------------- sampling
 
     def sample(
         self, params: Params, key, conds: Mapping[str, Any], *, guidance_scale=4.0, steps=24, temperature=1.0,
-        choice_temperature=4.5,
+        choice_temperature=4.5, revise=0.0, revise_temperature=0.3,
     ) -> dict[str, Any]:  # fmt: skip
         """{"tokens": int32 [b, n], "image_out": uint8 [b, size, size, 3]} by parallel decoding; knobs may be
         traced.
 
-        conds: text, text_mask [b, l]; optional negative, negative_mask [b, l] (in the place of no text); tokens [b, m]
-        of the stage before, for super-resolution; optional image uint8 [b, h, w, 3] to edit and mask bool [b, h, w],
-        True where it is made anew.  An image without a mask is edited by text alone, in the base model
-        (`edit.maskfree`); super-resolution then starts from nothing but the new low-resolution tokens.
-        guidance_scale: t of p = (1 + t) conditional - t unconditional at the last step, rising linearly from 0.
+        conds: text, text_mask [b, l], or label [b]; optional negative, negative_mask [b, l] (in the place of no text);
+        tokens [b, m] of the stage before, for super-resolution; optional image uint8 [b, h, w, 3] to edit and mask bool
+        [b, h, w], True where it is made anew: inpainting, outpainting, or with another label the replacement of what is
+        there.  An image without a mask is edited by text or class alone, in the base model (`edit.maskfree`);
+        super-resolution then starts from nothing but the new low-resolution tokens.
+        guidance_scale: t of p = (1 + t) conditional - t unconditional at the last step, rising linearly from 0; of no
+        effect where training never left out a class.
         steps: at most max_steps.
+        revise: share of the steps that are left, when all is decoded, to find half of the tokens again each, at
+        revise_temperature (`parallel.second_thoughts`); 0 as published.
         """
-        b = conds["text"].shape[0]
+        b = conds[self.conditions[0]].shape[0]
         low = conds["tokens"] if self.superres else None
         denoise = self._denoiser(params, conds, low, self._weights(guidance_scale))
-        sampler = self._sampler(steps, temperature, choice_temperature)
+        decoding, heat, hook = steps, temperature, None
+        if not (isinstance(revise, (int, float)) and revise == 0):  # a traced share may be 0, too
+            decoding = steps - jnp.floor(revise * steps + 1e-4).astype(jnp.int32)
+            heat = lambda step: jnp.where(step.t < 1, temperature, revise_temperature)
+            hook = parallel.second_thoughts(self.mask_id)
+        sampler = self._sampler(decoding, heat, choice_temperature)
         n = int(np.prod(self.transformer.grid))
         edit = Edit(
-            start=jnp.full((b, n), self.mask_id, jnp.int32), times=parallel.grid(steps, self.max_steps, self.schedule)
-        )
+            start=jnp.full((b, n), self.mask_id, jnp.int32),
+            times=parallel.grid(decoding, self.max_steps, self.schedule), hook=hook,
+        )  # fmt: skip
         if "image" in conds:
             edit, denoise, steps = self._edit(params, conds, low, edit, denoise, steps)
         tokens = sample(denoise, edit.sampler or sampler, edit.times, key, edit.start, edit.hook, num_steps=steps)
@@ -226,21 +280,22 @@ class MaskedTokens:
         return jnp.clip(x, -1, 1)
 
     def _denoiser(self, params, conds, low, weights):
-        """Guided logits: the text and its absence (or a negative text), in one batched call."""
-        states, mask = self._read(params, conds["text"], conds["text_mask"])
-        b = conds["text"].shape[0]
-        cond = {"states": states, "mask": mask, "keep": jnp.ones(b, bool)}
-        if "negative" in conds:
-            states, mask = self._read(params, conds["negative"], conds["negative_mask"])
-            other = {"states": states, "mask": mask, "keep": jnp.ones(b, bool)}
-        else:
-            other = cond | {"keep": jnp.zeros(b, bool)}
-        if low is not None:
-            cond, other = cond | {"low": low}, other | {"low": low}
+        """Guided logits: the text and its absence (or a negative text), in one batched call; so of a class, if training
+        ever left it out.
+        """
+        b = conds[self.conditions[0]].shape[0]
+        more = {"keep": jnp.ones(b, bool)} | ({} if low is None else {"low": low})
+        cond = {"told": self._told(params, conds)} | more
 
         def apply(x, step, c):
-            return Prediction(self._predict(params, x, c.get("low"), c["states"], c["mask"], c["keep"]))
+            return Prediction(self._predict(params, x, c.get("low"), c["told"], c["keep"]))
 
+        if self._always_told:
+            return lambda x, step: apply(x, step, cond)
+        if "negative" in conds:
+            other = cond | {"told": self._told(params, conds, "negative")}
+        else:
+            other = cond | {"keep": jnp.zeros(b, bool)}
         return guidance.mix(apply, [cond, other], weights)
 
     def _edit(self, params, conds, low, edit, denoise, steps):
@@ -249,6 +304,10 @@ class MaskedTokens:
             tokens = self._tokenize(params, "tokenizer", self._at(image_ops.to_float(conds["image"]), self.size))
             anew = inpaint_tokens.token_mask(self._mask_at(conds["mask"]), self.transformer.grid)
             start = inpaint_tokens.inpaint(tokens, anew, self.mask_id).start
+            if self.edit_from:
+                left_out = jnp.floor(self.edit_from * steps + 1e-4).astype(jnp.int32)
+                edit = dataclasses.replace(edit, times=jax.tree.map(lambda x: jnp.roll(x, -left_out), edit.times))
+                steps = steps - left_out
             return dataclasses.replace(edit, start=start), denoise, steps
         if self.superres:
             return edit, denoise, steps
@@ -266,7 +325,8 @@ class MaskedTokens:
     # -------------------------------------------------------------------------------------------------- measurement
 
     def evaluate(self, params: Params, batches: Iterable[Batch], key) -> dict[str, float]:
-        """Cross-entropy (nats, no smoothing) and accuracy of masked tokens, with text and without.
+        """Cross-entropy (nats, no smoothing) and accuracy of masked tokens, with text and without; so of a class, if
+        training ever left it out.
 
         Protocol: masked fractions evenly spread over the schedule, one mask per example, the same for every call.
         """
@@ -276,24 +336,28 @@ class MaskedTokens:
             b = tokens.shape[0]
             fraction = schedules.mask_fraction((jnp.arange(b) + 0.5) / b, self.schedule)
             masked, mask = schedules.mask_tokens(key, tokens, fraction, self.mask_id)
-            states, text_mask = self._read(params, batch["text"], batch["text_mask"])
-            scores = {}
-            for name, keep in (("", True), ("_no_text", False)):
-                logits = self._predict(params, masked, low, states, text_mask, jnp.full(b, keep))
+            told, scores = self._told(params, batch), {}
+            without = {"_no_class" if self.classes else "_no_text": False}
+            ways = {"": True} | ({} if self._always_told else without)
+            for name, keep in ways.items():
+                logits = self._predict(params, masked, low, told, jnp.full(b, keep))
                 scores[f"loss{name}"], scores[f"accuracy{name}"] = self._cross_entropy(logits, tokens, mask, 0.0)
             return scores
 
         run, rows = jax.jit(measure), []
         for i, batch in enumerate(batches):
-            rows.append(run(params, {k: batch[k] for k in ("image", "text", "text_mask")}, jax.random.fold_in(key, i)))
+            seen = {name: batch[name] for name in ("image", *self.conditions)}
+            rows.append(run(params, seen, jax.random.fold_in(key, i)))
         if not rows:
             raise ValueError("MaskedTokens.evaluate: no batches; the evaluation data is empty")
         return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
     def show(self, params: Params, batch: Batch, key) -> dict[str, np.ndarray]:
-        """{"samples": images of the batch's first texts (super-resolution: from the true low-resolution tokens)}."""
-        count = min(8, len(batch["text"]))
-        conds = {name: batch[name][:count] for name in ("text", "text_mask")}
+        """{"samples": images of the batch's first texts or classes (super-resolution: from the true low-resolution
+        tokens)}.
+        """
+        count = min(8, len(batch["image"]))
+        conds = {name: batch[name][:count] for name in self.conditions}
 
         def draw(params, conds, image):
             low = self._tokens(params, image)[1]

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from vgen.tokens.schedules import mask_fraction, mask_tokens
-from vgen.types import Prediction, Sampler, Step
+from vgen.types import Intervention, Prediction, Sampler, Step
 
 
 class Decoding(NamedTuple):
@@ -77,7 +77,7 @@ def maskgit_sampler(
     masked never change, so inpainting is decoding from a partly known start.
     choice_temperature, temperature, top_k: numbers, or traced; temperature 0 takes the likeliest token.  p is that of
     the logits themselves, whatever temperature and top_k.  choice_temperature may also be a function of the Step, which
-    gives the factor of the noise itself: see `annealed`.  slack: see `masks_left`.
+    gives the factor of the noise itself: see `annealed`; so may temperature.  slack: see `masks_left`.
     MaskGIT's released code is the same up to ties, of which it masks none.
     """
 
@@ -88,7 +88,8 @@ def maskgit_sampler(
         token_key, noise_key = jax.random.split(key)
         masked = x == mask_id
         logits = pred.x0.astype(jnp.promote_types(pred.x0.dtype, jnp.float32))
-        tokens = jnp.where(masked, sample_tokens(token_key, logits, temperature, top_k), x)
+        heat = temperature(step) if callable(temperature) else temperature
+        tokens = jnp.where(masked, sample_tokens(token_key, logits, heat, top_k), x)
         chosen = jnp.where(masked, tokens, 0)[..., None]
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), chosen, axis=-1)[..., 0]  # [b, n]
         noise = jax.random.gumbel(noise_key, x.shape, log_p.dtype)
@@ -103,6 +104,27 @@ def maskgit_sampler(
         return mask_tokens(key, x0, jnp.broadcast_to(step.sigma, x0.shape[:1]), mask_id)[0]
 
     return Sampler(init, step, renoise)
+
+
+def second_thoughts(mask_id: int, share: float = 0.5) -> Intervention:
+    """A hook for rows of a grid that lie behind its decoding (t = 1): each finds a random `share` of the tokens again.
+
+    Parallel decoding never takes a token back; such a row draws half of them anew, given all the others, as a corrector
+    behind a predictor does (Campbell et al. 2022, arXiv:2205.14987, section 4.4).  Only what was masked at the start is
+    ever masked again.  Give the loop a grid of n rows to decode and more than n for its num_steps.
+    """
+
+    def before(key, x, step: Step, free):
+        again = free & (step.t >= 1)
+        return jnp.where(random_places(key, again, jnp.round(share * again.sum(axis=1))), mask_id, x), free
+
+    return Intervention(init=lambda x: x == mask_id, before=before)
+
+
+def random_places(key, free: Bool[Array, "b n"], count: Num[Array, "b"]) -> Bool[Array, "b n"]:
+    """True at `count` random places of each row, all of them free."""
+    order = jnp.where(free, jax.random.uniform(key, free.shape), 2.0).argsort(axis=1).argsort(axis=1)
+    return free & (order < count[:, None])
 
 
 def masks_left(
