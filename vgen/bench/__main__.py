@@ -1,4 +1,4 @@
-"""The command line: python -m vgen.bench peers|bf16|compile|curves [--only REGEX] [--runs N].
+"""The command line: python -m vgen.bench peers|bf16|compile|curves|claims [--only REGEX] [--runs N].
 
 Every mistake of the caller ends as one sentence on stderr and exit code 2.
 """
@@ -14,7 +14,7 @@ from vgen.platform import start_over_with_huge_pages
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 after a mistake of the caller."""
     parser = argparse.ArgumentParser("vgen.bench", description="Suites that measure and print tables.")
-    suites = parser.add_subparsers(dest="suite", required=True, metavar="peers|bf16|compile|curves")
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="peers|bf16|compile|curves|claims")
     peers = suites.add_parser("peers", help="speed beside the PyTorch references, same weights, float32")
     peers.add_argument("--only", default="", help="regular expression of the cases' names")
     peers.add_argument("--runs", type=int, default=5, help="of each side; the fastest counts (default: %(default)s)")
@@ -26,6 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     curves.add_argument("--workdir", required=True, help="where they are trained; what is there goes on")
     curves.add_argument("--scale", default="mini", choices=["mini", "tiny"], help="(default: %(default)s)")
     curves.add_argument("--budget", type=float, default=1.0, help="factor on each one's FLOPs (default: %(default)s)")
+    claims = suites.add_parser("claims", help="what methods save, as ratios, beside what their papers say")
+    claims.add_argument("--only", default="", help="regular expression of the claims")
+    claims.add_argument("--runs", type=int, default=3, help="of each side; the fastest counts (default: %(default)s)")
+    scales = ["mini", "tiny", "paper"]
+    claims.add_argument("--scale", default="mini", choices=scales, help="of the times (default: %(default)s)")
+    claims.add_argument("--out", default="", help="a file for all numbers, as JSON")
     options = parser.parse_args(argv)
     try:
         for line in _lines(options):
@@ -49,6 +55,10 @@ def _lines(options) -> Iterator[str]:
         from vgen.bench import curves
 
         return curves.table(options.workdir, options.scale, options.budget)
+    if options.suite == "claims":
+        from vgen.bench import claims
+
+        return claims.table(options.only, options.runs, options.scale, options.out)
     from vgen.bench import bf16
 
     return bf16.table(options.only)
