@@ -230,7 +230,41 @@ class Decoder(_Half):
         return images
 
 
-class VQGAN(nn.Module):
+class Tokenizer(nn.Module):
+    """What tokenizers of images share; theirs are `encoder`, `quantizer`, `decoder`, num_codes, dtype, downsampling."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Codebook size: tokens are in [0, num_tokens)."""
+        return self.num_codes
+
+    def encode(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        """Images to latents of the codes' width, before quantisation."""
+        return self.encoder(images)
+
+    def quantize(self, z: Float[Array, "b h2 w2 d"]) -> Quantized:
+        """Latents to codes (straight-through), token indices, loss terms and codebook statistics."""
+        return self.quantizer(z)
+
+    def tokenize(self, images: Float[Array, "b h w c"]) -> Int[Array, "b h2 w2"]:
+        """Images to tokens."""
+        return self.quantizer(self.encode(images)).indices
+
+    def decode(self, z_q: Float[Array, "b h2 w2 d"]) -> Float[Array, "b h w c"]:
+        """Codes, or any latents of their width, to images, not clipped."""
+        return self.decoder(z_q if self.dtype is None else jnp.asarray(z_q, self.dtype))
+
+    def decode_indices(self, tokens: Int[Array, "b h2 w2"]) -> Float[Array, "b h w c"]:
+        """Tokens to images, not clipped."""
+        return self.decode(self.quantizer.lookup(tokens))
+
+    def __call__(self, images: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h w c"], Quantized]:
+        """Reconstructions and what the quantizer said."""
+        quantized = self.quantize(self.encode(images))
+        return self.decode(quantized.z_q), quantized
+
+
+class VQGAN(Tokenizer):
     """Encoder, vector quantizer and decoder; images in [-1, 1] at its edges, tokens int32 in between.
 
     channels, multipliers: width at the image's resolution and its multiples, one per level; the downsampling factor is
@@ -306,11 +340,6 @@ class VQGAN(nn.Module):
             self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
 
     @property
-    def num_tokens(self) -> int:
-        """Codebook size: tokens are in [0, num_tokens)."""
-        return self.num_codes
-
-    @property
     def downsampling(self) -> int:
         """Pixels per token along each axis."""
         return self.patch * 2 ** (len(self.multipliers) - 1)
@@ -320,25 +349,8 @@ class VQGAN(nn.Module):
         z = self.encoder(images)
         return z if self.code_dim is None else self.quant_conv(z)
 
-    def quantize(self, z: Float[Array, "b h2 w2 d"]) -> Quantized:
-        """Latents to codes (straight-through), token indices, loss terms and codebook statistics."""
-        return self.quantizer(z)
-
-    def tokenize(self, images: Float[Array, "b h w c"]) -> Int[Array, "b h2 w2"]:
-        """Images to tokens."""
-        return self.quantizer(self.encode(images)).indices
-
     def decode(self, z_q: Float[Array, "b h2 w2 d"]) -> Float[Array, "b h w c"]:
         """Codes, or any latents of their width, to images, not clipped."""
         if self.dtype is not None:
             z_q = jnp.asarray(z_q, self.dtype)
         return self.decoder(z_q if self.code_dim is None else self.post_quant_conv(z_q))
-
-    def decode_indices(self, tokens: Int[Array, "b h2 w2"]) -> Float[Array, "b h w c"]:
-        """Tokens to images, not clipped."""
-        return self.decode(self.quantizer.lookup(tokens))
-
-    def __call__(self, images: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h w c"], Quantized]:
-        """Reconstructions and what the quantizer said."""
-        quantized = self.quantize(self.encode(images))
-        return self.decode(quantized.z_q), quantized
