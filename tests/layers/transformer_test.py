@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.golden import golden
+from vgen.layers.attention import Past
 from vgen.layers.embed import Positions, Positions2D, RelativeBias2D, relative_buckets, sincos_2d
 from vgen.layers.transformer import MLP, Block, activation, modulate, norm_layer, stack
 from vgen.types import AttentionControl
@@ -330,3 +331,60 @@ def test_condition_of_a_block():
     assert set(made["mlp_norm"]) == {"scale", "bias"} and set(made["cross_norm"]) == {"scale"}
     with pytest.raises(ValueError, match="cond needs order 'pre', got 'post'"):
         Block(2, 16, order="post").init(jax.random.key(0), x, cond=cond)
+
+
+@pytest.mark.parametrize("blocks, unroll, remat", [((1,) * 6, 1, "none"), ((3, 1, 2), 3, "full")])
+def test_tokens_may_come_in_blocks(x64, blocks, unroll, remat):
+    """With what was seen before in the cache, which is longer than need be, they are those of one causal pass."""
+    kwargs = dict(heads=2, mlp_dim=12, qk_norm="rms")
+
+    class Causal(nn.Module):
+        @nn.compact
+        def __call__(self, x, **more):
+            return stack(Block(**kwargs, name="layers"), x, depth=3, unroll=unroll, remat=remat, causal=True, **more)
+
+    x = jax.random.normal(jax.random.key(0), (2, 6, 8))
+    params = jax.jit(Causal().init)(jax.random.key(1), x)
+    assert set(params) == {"params"}
+    want = jax.jit(Causal().apply)(params, x)
+    run = jax.jit(lambda v, x, place: Causal().apply(v, x, past=Past(place, 9), mutable=["cache"]))
+    cache, place, got = {}, 0, []
+    for count in blocks:
+        y, cache = run(params | cache, x[:, place : place + count], place)
+        got, place = [*got, y], place + count
+    assert jax.tree.map(jnp.shape, cache) == {
+        "cache": {"layers": {"attn": dict.fromkeys(("keys", "values"), (3, 2, 9, 2, 4))}}
+    }
+    np.testing.assert_allclose(np.concatenate(got, 1), want, atol=1e-13)
+
+
+def test_a_layer_may_have_its_own_mask(x64):
+    """mask as a function of the traced layer, against the masks given to single blocks."""
+    masks = jax.random.bernoulli(jax.random.key(2), 0.6, (3, 1, 1, 5, 5))
+
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return stack(Block(heads=2, mlp_dim=12, name="layers"), x, depth=3, mask=lambda layer: masks[layer])
+
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    params = jax.jit(Masked().init)(jax.random.key(1), x)
+    want, block = x, Block(heads=2, mlp_dim=12)
+    for i in range(3):
+        own = {"params": jax.tree.map(lambda a, i=i: a[i], params["params"]["layers"])}
+        want = jax.jit(block.apply)(own, want, mask=masks[i])
+    np.testing.assert_allclose(jax.jit(Masked().apply)(params, x), want, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "fields, given, words",
+    [
+        (dict(relative=(2, 2)), {}, "relative positions"),
+        (dict(only_cross=True, cross=True), dict(context=jnp.zeros((1, 3, 8))), "of self-attention"),
+        (dict(axes=(2, 2, 1)), {}, "of self-attention"),
+    ],
+)
+def test_what_has_no_past(fields, given, words):
+    block, x = Block(heads=2, mlp_dim=12, **fields), jnp.zeros((1, 4, 8))
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(lambda: block.init(jax.random.key(0), x, past=Past(0, 4), **given))

@@ -9,7 +9,17 @@ from tests.convert import tables
 from tests.convert.tables import quick  # noqa: F401  a fixture
 from tests.golden import golden
 from vgen.convert.dvae import DECODER, DVAE_BOTH, ENCODER
-from vgen.models.dvae import DALL_E, DVAE, DVAEDecoder, DVAEEncoder, map_pixels, unmap_pixels
+from vgen.models.dvae import (
+    DALL_E,
+    DVAE,
+    DVAEDecoder,
+    DVAEEncoder,
+    gumbel_softmax,
+    kl_to_uniform,
+    logit_laplace,
+    map_pixels,
+    unmap_pixels,
+)
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -127,6 +137,64 @@ def test_pixels_there_and_back():
     np.testing.assert_allclose([map_pixels(x).min(), map_pixels(x).max()], [0.1, 0.9], rtol=1e-6)
     np.testing.assert_allclose(unmap_pixels(map_pixels(x)), x, atol=1e-6)
     np.testing.assert_array_equal(unmap_pixels(jnp.asarray([0.0, 1.0]).reshape(1, 1, 1, 2)).ravel(), [-1, 1])
+
+
+def test_fewer_levels():
+    """Three have one token for 4 x 4 pixels, and branches of gain 1 / (3 blocks)^2."""
+    module = DVAE(channels=4, blocks=1, num_codes=11, decoder_stem=6, levels=3)
+    x = jnp.zeros((1, 8, 12, 3))
+    params = tables.draw(module, x)
+    assert module.downsampling == 4 and not any("group_3" in name for half in params.values() for name in half)
+    tokens, out = jax.eval_shape(
+        lambda: (module.apply({"params": params}, x, method="tokenize"), module.apply({"params": params}, x))
+    )
+    assert tokens.shape == (1, 2, 3) and out[0].shape == x.shape
+
+
+def compared(got, want, arguments):
+    """Value and gradients of a function against those of one in torch, relative to their size."""
+    import torch
+
+    value, grads = jax.jit(
+        jax.value_and_grad(lambda *args: jnp.square(got(*args)).sum(), tuple(range(len(arguments))))
+    )(*arguments)
+    tensors = [torch.from_numpy(np.asarray(a)).requires_grad_() for a in arguments]
+    (want(*tensors) ** 2).sum().backward()
+    np.testing.assert_allclose(got(*arguments), want(*tensors).detach().numpy(), rtol=1e-9)
+    for a, b in zip(grads, tensors):
+        assert tables.error(a, b.grad.numpy()) < 1e-9
+
+
+def test_losses_against_torch(x64):
+    """The density as torch builds it of a Laplace distribution and a sigmoid, the KL as it knows it."""
+    torch = pytest.importorskip("torch")
+    d, rng = torch.distributions, np.random.default_rng(0)
+    statistics, images = rng.standard_normal((2, 3, 4, 6)), rng.uniform(-1, 1, (2, 3, 4, 3))
+
+    def likelihood(statistics):
+        mu, log_b = statistics.chunk(2, -1)
+        x = torch.from_numpy(images) * 0.4 + 0.5
+        return -d.TransformedDistribution(d.Laplace(mu, log_b.exp()), [d.SigmoidTransform()]).log_prob(x)
+
+    compared(lambda s: logit_laplace(s, jnp.asarray(images)), likelihood, [jnp.asarray(statistics)])
+    logits = jnp.asarray(rng.standard_normal((2, 3, 7)) * 2)
+    uniform = d.Categorical(torch.full((7,), 1 / 7, dtype=torch.float64))
+    compared(kl_to_uniform, lambda x: d.kl_divergence(d.Categorical(logits=x), uniform), [logits])
+    noise = torch.from_numpy(np.asarray(jax.random.gumbel(jax.random.key(0), logits.shape, logits.dtype)))
+    relaxed = lambda x: torch.softmax((x + noise) / 0.3, -1)
+    compared(lambda x: gumbel_softmax(jax.random.key(0), x, 0.3), relaxed, [logits])
+
+
+def test_relaxed_tokens_are_nearly_tokens_when_cold():
+    """Their likeliest code has the probabilities of the logits, whatever the temperature (Gumbel-max)."""
+    logits = jnp.log(jnp.asarray([0.5, 0.3, 0.2]))
+    draws = jax.jit(lambda t: gumbel_softmax(jax.random.key(0), jnp.broadcast_to(logits, (20_000, 3)), t))
+    for t in (1.0, 1 / 16):
+        x = draws(t)
+        shares = np.bincount(np.asarray(x.argmax(-1)), minlength=3) / 20_000
+        np.testing.assert_allclose(shares, [0.5, 0.3, 0.2], atol=0.015)
+        np.testing.assert_allclose(x.sum(-1), 1, atol=1e-5)
+    assert draws(1 / 16).max(-1).mean() > 0.95 > 0.9 > draws(1.0).max(-1).mean()
 
 
 def test_errors():

@@ -9,6 +9,7 @@ from tests.convert.tables import draw, quick  # noqa: F401  a fixture
 from vgen import trees
 from vgen.data import images as image_ops
 from vgen.models import discriminator as gan
+from vgen.models.dvae import DVAE, gumbel_softmax, kl_to_uniform, logit_laplace
 from vgen.models.vqgan import VQGAN
 from vgen.tasks.autoencode import Autoencode
 from vgen.types import Context
@@ -120,6 +121,49 @@ def test_evaluation_measures_psnr_of_uint8_pictures():
     with pytest.raises(ValueError, match="no batches"):
         task.evaluate(params, [], KEY)
     assert task.show(params, BATCH, KEY)["reconstruction"].dtype == np.uint8
+
+
+RELAXED = Autoencode(
+    model=DVAE(channels=4, blocks=1, num_codes=11, decoder_stem=6, levels=2), l1=0.5, perceptual=0.0, kl=6.6,
+    kl_steps=50, temperature=(1.0, 1 / 16, 150),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "step, temperature, weight", [(0, 1.0, 0.0), (25, None, 3.3), (75, 17 / 32, 6.6), (999, 1 / 16, 6.6)]
+)
+def test_relaxed_tokens_are_trained_by_the_bound(x64, step, temperature, weight):
+    """Ramesh et al. 2021, section 2.1: loss and gradients are those of the bound written out, per value."""
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params_of(RELAXED))
+    x, model = image_ops.to_float(BATCH["image"]).astype(jnp.float64), RELAXED.model
+    said = jax.jit(lambda p: RELAXED.losses(p, Context(jnp.int32(step)), BATCH, KEY)["gen"])
+    cold = said(params).metrics["temperature"]
+    assert temperature is None or abs(cold - temperature) < 1e-6
+
+    def bound(params):
+        logits = model.apply({"params": params}, x, method="logits")
+        codes = gumbel_softmax(jax.random.split(KEY)[1], logits, cold)
+        statistics = model.apply({"params": params}, codes, method="decode")
+        kl = kl_to_uniform(logits).sum() / x.size
+        l1 = jnp.abs(model.picture(statistics) - x).mean()
+        return logit_laplace(statistics, x).mean() + weight * kl + 0.5 * l1
+
+    value, grads = jax.jit(jax.value_and_grad(lambda p: said(p).value))(params)
+    want, wanted = jax.jit(jax.value_and_grad(bound))(params)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    for path, leaf in trees.flatten(wanted).items():
+        np.testing.assert_allclose(trees.flatten(grads)[path], leaf, rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+def test_relaxed_tokens_are_measured_as_tokens():
+    params = params_of(RELAXED)
+    x_hat, tokens = RELAXED.reconstruct(params, BATCH["image"])
+    assert tokens.shape == (4, 8, 8) and jnp.abs(x_hat).max() <= 1
+    metrics = RELAXED.evaluate(params, [BATCH], KEY)
+    assert 1 / 11 <= metrics["codebook_usage"] <= 1 <= metrics["codebook_perplexity"] and metrics["psnr"] > 0
+    assert RELAXED.sample(params, KEY, BATCH)["image_out"].dtype == jnp.uint8
+    with pytest.raises(ValueError, match="a DVAE takes no discriminator"):
+        Autoencode(model=RELAXED.model, discriminator=DISCRIMINATOR)
 
 
 @pytest.mark.parametrize(

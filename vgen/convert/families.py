@@ -49,6 +49,7 @@ BY_NAME: tuple[tuple[str, str], ...] = (
     (r"middle_block\.1\.qkv\.weight", "vgen.convert.unet_openai:ADM"),
     (r"middle_block\.1\.transformer_blocks\.0\.attn1\.to_q\.weight", "vgen.convert.unet_openai:LDM"),
     (r"encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight", "vgen.convert.t5:T5"),
+    (r"(transformer\.)?blocks\.0\.attn\.key\.weight", "vgen.convert.gpt:TAMING"),  # ahead of the VQ-GAN beside it
     (r"first_stage_model\.quantize\.embedding\.weight", "vgen.convert.vqgan:LDM_VQ"),
     (r"first_stage_model\.encoder\.down\.0\.block\.0\.conv1\.weight", "vgen.convert.autoencoder:FIRST_STAGE_KL"),
     (r"model\.diffusion_model\.middle_block\.1\..*", "vgen.convert.unet_openai:LDM_DENOISER"),
@@ -63,6 +64,9 @@ BY_NAME: tuple[tuple[str, str], ...] = (
     (r"Mixed_5b\.branch1x1\.conv\.weight", "vgen.convert.inception:PYTORCH_FID"),
     (r"blocks\.2\.0\.branch1x1\.conv\.weight", "vgen.convert.inception:WRAPPER"),
     (r"net\.slice1\.0\.weight", "vgen.convert.lpips:PACKAGE"),
+    (r"codebook\.embedding\.weight", "vgen.convert.vqvae:VQ"),
+    (r"layers\.0\.vert_to_horiz\.weight", "vgen.convert.vqvae:PIXELCNN"),
+    (r"horizontal\.conv\.conv\.weight_v", "vgen.convert.pixelsnail:ROSINALITY"),
     (r"layer1\.0\.prelu\.weight", "vgen.convert.iresnet:ARCFACE"),
     (r"((opt/target|params)/)?Transformer/posembed_input/pos_embedding", "vgen.convert.vit:AUGREG"),
     (r"((opt/target|params)/)?Transformer/encoder_norm/scale", "vgen.convert.vit:BIG_VISION"),

@@ -26,6 +26,18 @@ class Site(NamedTuple):
     layer: Any = 0
 
 
+class Past(NamedTuple):
+    """What self-attention remembers of the tokens before those it is given: keys and values in the collection "cache".
+
+    place: of the first of the tokens that are given; int, or traced.  length: of the cache, [b, length, heads, d].
+    With the cache of earlier calls in the variables, and the collection mutable, tokens may come in one by one or in
+    blocks; a call without one makes it.  place + tokens must not exceed length.
+    """
+
+    place: Any
+    length: int
+
+
 def attention(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b m h d"],
@@ -97,6 +109,12 @@ def _visible(mask, causal, n, m):
         return mask
     triangle = jnp.tril(jnp.ones((1, 1, n, m), bool))
     return triangle if mask is None else mask & triangle
+
+
+def _known(past, n, causal):
+    """Which of the cache's keys the n tokens from past.place on may look at, [1, 1, n, length]."""
+    last = past.place + (jnp.arange(n)[:, None] if causal else n - 1)
+    return jnp.broadcast_to(jnp.arange(past.length) <= last, (1, 1, n, past.length))
 
 
 def _seen(mask, causal, n, m):
@@ -213,6 +231,7 @@ class MultiHeadAttention(nn.Module):
         contexts: Mapping[str, tuple] = {},
         values=None,
         core: Callable[..., Array] | None = None,
+        past: Past | None = None,
         layer: Any = 0,
         control: AttentionControl | None = None,
         step: Step | None = None,
@@ -224,8 +243,11 @@ class MultiHeadAttention(nn.Module):
         their own, whose results are added with their strengths ahead of the output projection (IP-Adapter, Ye et al.
         2023).  values: what v is projected from, where keys and values differ; the context's tokens with and without
         positions, say.  core: takes the place of `attention` and is called as it.
+        past: x are the tokens from past.place on, and those before are remembered; mask and bias then have past.length
+        keys.  Of self-attention alone.
         layer: index of the layer, for `control`.
-        Raises ValueError where the width does not divide into heads, or qk_norm is unknown.
+        Raises ValueError where the width does not divide into heads, qk_norm is unknown, or there is a past and a
+        context or axes.
         """
         width = x.shape[-1]
         if self.head_dim is None and width % self.heads:
@@ -240,9 +262,16 @@ class MultiHeadAttention(nn.Module):
                 y = self._head_norm(name + "_norm")(y)
             return y
 
-        def attend(q, source, mask, suffix, values=None, **kwargs):
+        if past is not None and (context is not None or self.axes is not None):
+            raise ValueError("MultiHeadAttention: a past is of self-attention to all tokens; got a context or axes too")
+
+        def attend(q, source, mask, suffix, values=None, past=None, **kwargs):
             k, v = project(source, "k" + suffix), project(source if values is None else values, "v" + suffix)
             mask = mask[:, None, None, :] if mask is not None and mask.ndim == 2 else mask
+            if past is not None:
+                k, v = (self._remember(name, x, past) for name, x in (("keys", k), ("values", v)))
+                seen = _known(past, q.shape[1], kwargs.pop("causal"))
+                mask = seen if mask is None else mask & seen
             site = Site("self" if source is x else "cross", "/".join(self.path) + suffix.replace("_", "/", 1), layer)
             kwargs = dict(kwargs, mask=mask, scale=self.scale, control=control, site=site, step=step)
             if self.axes is None:
@@ -250,12 +279,18 @@ class MultiHeadAttention(nn.Module):
             return multi_axis(q, k, v, self.axes[:2], self.axes[2], **kwargs)
 
         q = project(x, "q")
-        out = attend(q, x if context is None else context, mask, "", values, bias=bias, causal=causal)
+        out = attend(q, x if context is None else context, mask, "", values, past, bias=bias, causal=causal)
         for name, (source, source_mask, strength) in contexts.items():
             out = out + jnp.asarray(strength, out.dtype) * attend(q, source, source_mask, "_" + name)
         out = out.reshape(*out.shape[:2], self.heads * head_dim)
         dense["kernel_init"] = self.out_init or self.kernel_init
         return linear(self.out_dim or width, use_bias=self.out_bias, name="out", **dense)(out)
+
+    def _remember(self, name, x, past):
+        """The cache [b, past.length, h, d] of that name, with x [b, n, h, d] in it."""
+        cache = self.variable("cache", name, jnp.zeros, (x.shape[0], past.length, *x.shape[2:]), x.dtype)
+        cache.value = jax.lax.dynamic_update_slice_in_dim(cache.value, x.astype(cache.value.dtype), past.place, 1)
+        return cache.value
 
     def _head_norm(self, name):
         kwargs = dict(epsilon=self.qk_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name=name)

@@ -77,6 +77,7 @@ class BatchNorm(nn.Module):
 
     momentum: weight of the new batch in the running statistics. In training, the variance that normalises is the
     biased one and the variance that is averaged the unbiased one, as in PyTorch.
+    running: False: there are no such statistics, every call normalises by its own batch.
 
     Parameters: scale, bias, mean, var, each [c]; mean and var are buffers, no gradient reaches them.
     Returns (normalised map, {"mean", "var"} after this batch, or {} when train is False).
@@ -86,26 +87,26 @@ class BatchNorm(nn.Module):
     eps: float = 1e-5
     scale_init: Any = nn.initializers.ones_init()
     dtype: Any = None
+    running: bool = True
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], train: bool
-    ) -> tuple[Float[Array, "b h w c"], dict[str, Float[Array, "c"]]]:
+        self, x: Float[Array, "*b c"], train: bool
+    ) -> tuple[Float[Array, "*b c"], dict[str, Float[Array, "c"]]]:
         c, out = x.shape[-1], self.dtype
         scale = self.param("scale", self.scale_init, (c,))
         bias = self.param("bias", nn.initializers.zeros_init(), (c,))
-        running_mean = jax.lax.stop_gradient(self.param("mean", nn.initializers.zeros_init(), (c,)))
-        running_var = jax.lax.stop_gradient(self.param("var", nn.initializers.ones_init(), (c,)))
+        inits = {"mean": nn.initializers.zeros_init(), "var": nn.initializers.ones_init()} if self.running else {}
+        old = {k: jax.lax.stop_gradient(self.param(k, init, (c,))) for k, init in inits.items()}
         out = jnp.promote_types(x.dtype, scale.dtype) if out is None else out
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if not train:
-            mean, var, updates = running_mean, running_var, {}
+        x, rows = x.astype(jnp.promote_types(x.dtype, jnp.float32)), tuple(range(x.ndim - 1))
+        if old and not train:
+            mean, var, updates = old["mean"], old["var"], {}
         else:
-            mean = x.mean((0, 1, 2))
-            var = jnp.square(x - mean).mean((0, 1, 2))
+            mean = x.mean(rows)
+            var = jnp.square(x - mean).mean(rows)
             n = x.size // c
             batch = {"mean": mean, "var": var * (n / max(n - 1, 1))}
-            old = {"mean": running_mean, "var": running_var}
             updates = {
                 k: (old[k] + self.momentum * (jax.lax.stop_gradient(batch[k]) - old[k])).astype(old[k].dtype)
                 for k in old

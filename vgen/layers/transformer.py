@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vgen import sharding
-from vgen.layers.attention import MultiHeadAttention
+from vgen.layers.attention import MultiHeadAttention, Past
 from vgen.layers.embed import RelativeBias2D
 from vgen.layers.linear import linear
 
@@ -145,6 +145,7 @@ class Block(nn.Module):
         context_mask=None,
         keep_context=None,
         contexts: Mapping[str, tuple] = {},
+        past: Past | None = None,
         layer=0,
         control=None,
         step=None,
@@ -153,16 +154,18 @@ class Block(nn.Module):
         """x: [b, n, width] -> the same shape.
 
         cond: [b, any], a condition that scales and shifts what every norm gives (`modulate`); order "pre" alone.
-        mask, context_mask: bool [b, keys] or broadcastable to [b, heads, n, keys].  bias: added to the logits of
-        self-attention.  context: [b, m, any].  keep_context: bool [b]; a sample that does not keep its context attends
-        to its own tokens there, through the same keys and values, so that kept and dropped samples share one call
-        (Muse, Chang et al. 2023, section 2.7); context and x then have one width.
-        contexts: named contexts of the cross-attention, see `MultiHeadAttention`.
+        mask, context_mask: bool [b, keys] or broadcastable to [b, heads, n, keys]; mask may be a function of the
+        layer's index that gives one.  bias: added to the logits of self-attention.  context: [b, m, any].
+        keep_context: bool [b]; a sample that does not keep its context attends to its own tokens there, through the
+        same keys and values, so that kept and dropped samples share one call (Muse, Chang et al. 2023, section 2.7);
+        context and x then have one width.
+        contexts: named contexts of the cross-attention, past: what self-attention remembers, see `MultiHeadAttention`.
         layer, control, step: for AttentionControl.  train: whether dropout (rng "dropout") is on.
-        Raises ValueError for an unknown order, a cond in another one than "pre", or a context that `cross` does not
-        announce.
+        Raises ValueError for an unknown order, a cond in another one than "pre", a context that `cross` does not
+        announce, or a past together with `relative`.
         """
-        self._check(cond, context)
+        self._check(cond, context, past)
+        mask = mask(layer) if callable(mask) else mask
         kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         heads = dict(
             heads=self.heads,
@@ -182,7 +185,7 @@ class Block(nn.Module):
             bias = near if bias is None else bias + near
         attn = MultiHeadAttention(axes=self.axes, name="attn", **heads)
         own = dict(context=context, mask=context_mask) if self.only_cross else dict(mask=mask)
-        x = residual(x, lambda h: attn(h, **own, bias=bias, causal=causal, **probe), "attn")
+        x = residual(x, lambda h: attn(h, **own, bias=bias, causal=causal, past=past, **probe), "attn")
         if self.cross:
             look, probe = MultiHeadAttention(name="cross", **heads), dict(probe, contexts=contexts)
             x = residual(x, lambda h: look(h, *_or_self(h, context, context_mask, keep_context), **probe), "cross")
@@ -200,11 +203,13 @@ class Block(nn.Module):
         )
         return residual(x, lambda h: mlp(h, train), "mlp")
 
-    def _check(self, cond, context):
+    def _check(self, cond, context, past):
         if self.order not in ("pre", "post", "sandwich"):
             raise ValueError(f"Block: order must be 'pre', 'post' or 'sandwich', got {self.order!r}")
         if cond is not None and self.order != "pre":
             raise ValueError(f"Block: cond needs order 'pre', got {self.order!r}")
+        if past is not None and self.relative is not None:
+            raise ValueError("Block: relative positions are of all tokens at once; got a past too")
         if self.cross != (context is not None):
             raise ValueError(f"Block: cross is {self.cross} but context is {'missing' if context is None else 'given'}")
 
@@ -286,7 +291,7 @@ def stack(
 
     scan = nn.scan(
         rematted(body, remat, prevent_cse=False),
-        {"params": 0, "intermediates": 0, "kept": 1},
+        {"params": 0, "intermediates": 0, "cache": 0, "kept": 1},
         split_rngs={"params": True, "dropout": True},
         length=depth,
         unroll=unroll,

@@ -3,7 +3,8 @@ rules of the bottleneck.
 
 Sources: Esser et al. 2021 (taming), eq. 4-7; Chang et al. 2022 (MaskGIT), section 3.1; Chang et al. 2023 (Muse),
 section 2.2 and, for the fine-tuned decoder, section 2.6; Razavi et al. 2019 (VQ-VAE-2) for the averaged codebook;
-Rombach et al. 2022, appendix G, for the Gaussian.
+Rombach et al. 2022, appendix G, for the Gaussian; Ramesh et al. 2021 (DALL-E), section 2.1 and appendix A, for the
+relaxed tokens of a DVAE.
 """
 
 import dataclasses
@@ -19,7 +20,9 @@ from vgen.layers.quantize import code_counts, ema_update, usage_from_counts
 from vgen.metrics.lpips import feature_loss, init_lpips, lpips
 from vgen.models import discriminator as gan
 from vgen.models.autoencoder import AutoencoderKL
+from vgen.models.dvae import DVAE, gumbel_softmax, kl_to_uniform, logit_laplace
 from vgen.models.vqgan import VQGAN
+from vgen.models.vqvae import VQVAE
 from vgen.types import Batch, Context, Loss, Params
 
 LAST_LAYER = "decoder/conv_out/kernel"
@@ -29,6 +32,8 @@ LAST_LAYER = "decoder/conv_out/kernel"
 class Autoencode:
     """Images in, the same images out, through discrete tokens or, with an AutoencoderKL, Gaussian latents.
 
+    A DVAE is trained on draws from its relaxed tokens, by the likelihood of the pixels ("laplace", nats per value of
+    the picture) beside the other losses of the picture.
     model: the autoencoder.  discriminator: a PatchGAN, or None for no adversarial loss.
     train: "all", or "decoder": only the decoder learns (Muse's fine-tuned decoder; encoder and codebook stay).
     l1, l2: weights of the mean absolute and squared error.  perceptual: weight of the perceptual loss.
@@ -39,7 +44,10 @@ class Autoencode:
       the decoder's last layer (taming, eq. 7).  r1: weight gamma / 2 of the penalty on real images (MaskGIT: 10 / 2);
       only for a discriminator without batch normalisation.
     kl: weight of the Gaussian's KL against a standard normal, in nats per value of the picture; 1e-6 in latent
-      diffusion, whose sums over both have this ratio.
+      diffusion, whose sums over both have this ratio.  Of a DVAE: of the KL against uniform tokens (DALL-E: 6.6).
+    kl_steps: that weight rises from 0 over so many steps.
+    temperature: (first, last, steps): the relaxation of a DVAE's tokens becomes sharper over so many steps; this and
+      the KL's weight follow a cosine (appendix A.2).
     decay, revive_below: of an averaged codebook (`layers.quantize.ema_update`), when model.ema.
     continuous_steps: with an averaged codebook, so many first steps train the autoencoder without quantising, while the
       codes are redrawn from the latents of every batch: the codebook starts where the latents are, and none is wasted
@@ -49,7 +57,7 @@ class Autoencode:
       serves both resolutions of a cascade.
     """
 
-    model: VQGAN | AutoencoderKL
+    model: VQGAN | VQVAE | AutoencoderKL | DVAE
     discriminator: gan.NLayerDiscriminator | None = None
     train: str = "all"
     l1: float = 1.0
@@ -62,6 +70,8 @@ class Autoencode:
     adaptive: bool = True
     r1: float = 0.0
     kl: float = 1e-6
+    kl_steps: int = 0
+    temperature: tuple[float, float, int] = (1.0, 1 / 16, 150_000)
     decay: float = 0.99
     revive_below: float = 0.0
     continuous_steps: int = 0
@@ -75,8 +85,15 @@ class Autoencode:
             raise ValueError(f"Autoencode: gan_loss must be 'hinge' or 'nonsaturating', got {self.gan_loss!r}")
         if self.continuous_steps and not (self._averaged and self.train == "all"):
             raise ValueError("Autoencode: continuous_steps needs model.ema and train='all'")
+        if getattr(self.model, "layout", None) == "batch_norm":
+            raise ValueError(
+                "Autoencode: a VQVAE of layout 'batch_norm' goes by statistics that training does not move; train "
+                "layout 'paper' or 'sonnet'"
+            )
         if self.r1 and self.discriminator is not None and self.discriminator.norm == "batch":
             raise ValueError("Autoencode: r1 needs a discriminator whose norm is 'group' or 'none', got 'batch'")
+        if self._relaxed and (self.discriminator is not None or self.train != "all"):
+            raise ValueError("Autoencode: a DVAE takes no discriminator, and train must be 'all'")
         if self.perceptual_kind not in ("features", "lpips"):
             raise ValueError(f"Autoencode: perceptual_kind must be 'features' or 'lpips', got {self.perceptual_kind!r}")
 
@@ -85,8 +102,12 @@ class Autoencode:
         return isinstance(self.model, AutoencoderKL)
 
     @property
+    def _relaxed(self) -> bool:
+        return isinstance(self.model, DVAE)
+
+    @property
     def _averaged(self) -> bool:
-        return not self._gaussian and self.model.ema
+        return getattr(self.model, "ema", False)
 
     @property
     def groups(self) -> dict[str, str]:
@@ -152,11 +173,13 @@ class Autoencode:
 
     def _bottleneck(self, params, ctx: Context, x, key) -> tuple[Any, Loss]:
         """(what the decoder gets, the bottleneck's own loss with its metrics and updates)."""
+        if self._relaxed:
+            return self._relaxation(self.model.apply({"params": params}, x, method="logits"), ctx.step, x[0].size, key)
         z = self.model.apply({"params": params}, x, method="encode")
         if self._gaussian:
             kl = z.kl().mean() / x[0].size
             metrics = {"kl": kl, "latent_std": z.mean.std()}
-            return z.sample(key), Loss(self.kl * kl if self.train == "all" else 0.0, metrics)
+            return z.sample(key), Loss(self._kl_weight(ctx.step) * kl if self.train == "all" else 0.0, metrics)
         q = self.model.apply({"params": params}, z, method="quantize")
         continuous = ctx.step < self.continuous_steps
         z_q = jnp.where(continuous, z.astype(q.z_q.dtype), q.z_q) if self.continuous_steps else q.z_q
@@ -173,8 +196,29 @@ class Autoencode:
             updates = {f"quantizer/{name}": leaf for name, leaf in state.items()}
         return z_q, Loss(jnp.where(continuous, 0.0, sum(q.losses.values())), metrics, updates)
 
+    def _relaxation(self, logits, step, values, key) -> tuple[Any, Loss]:
+        """A draw of relaxed tokens, and their KL per value of the picture (DALL-E, eq. 1)."""
+        first, last, steps = self.temperature
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        temperature = last + (first - last) * _falling(step, steps)
+        kl = kl_to_uniform(logits).sum((1, 2)).mean() / values
+        stats = usage_from_counts(code_counts(logits.argmax(-1), self.model.num_codes))
+        metrics = {f"codebook/{name}": value for name, value in stats.items()}
+        metrics |= {"kl": kl, "temperature": temperature}
+        return gumbel_softmax(key, logits, temperature), Loss(self._kl_weight(step) * kl, metrics)
+
+    def _kl_weight(self, step):
+        return self.kl * (1 - _falling(step, self.kl_steps)) if self.kl_steps else self.kl
+
     def _reconstruction(self, params, x_hat, x):
         """(weighted sum, {name: term}) of what compares pictures; in float32 or wider."""
+        if self._relaxed:
+            likelihood = logit_laplace(x_hat.astype(jnp.promote_types(x_hat.dtype, jnp.float32)), x).mean()
+            value, terms = self._compared(params, self.model.picture(x_hat), x)
+            return value + likelihood, terms | {"laplace": likelihood}
+        return self._compared(params, x_hat, x)
+
+    def _compared(self, params, x_hat, x):
         dtype = jnp.promote_types(x_hat.dtype, jnp.float32)
         error = x_hat.astype(dtype) - x.astype(dtype)
         terms = {"l1": jnp.abs(error).mean(), "l2": jnp.square(error).mean()}
@@ -231,6 +275,8 @@ class Autoencode:
     def reconstruct(self, params: Params, images) -> tuple[Any, Any]:
         """(reconstructions [b, h, w, 3] in [-1, 1], tokens or the means of latents) of uint8 images."""
         x_hat, q = self.model.apply({"params": params}, image_ops.to_float(images))
+        if self._relaxed:
+            return x_hat, q.argmax(-1)
         return jnp.clip(x_hat, -1, 1), q.mean if self._gaussian else q.indices
 
     def sample(self, params: Params, key, conds: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,6 +316,11 @@ class Autoencode:
         x = batch["image"][:8]
         x_hat = image_ops.to_uint8(jax.jit(self.reconstruct)(params, x)[0])
         return {"reconstruction": image_ops.grid(np.concatenate([np.asarray(x), np.asarray(x_hat)]), columns=len(x))}
+
+
+def _falling(step, steps):
+    """From 1 at the first step to 0 after `steps`, as half a cosine."""
+    return (1 + jnp.cos(jnp.pi * jnp.clip(step / max(steps, 1), 0, 1))) / 2
 
 
 def _with(params, path, value):
