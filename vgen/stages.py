@@ -17,6 +17,7 @@ from vgen import features, sharding, trees
 from vgen import state as states
 from vgen.checkpoint import Checkpoints
 from vgen.config import ConfigError, UserError, arguments, build, call, diff, resolve, to_dict, to_json
+from vgen.data.cache import cache_source
 from vgen.data.open import open_captions, open_pipeline
 from vgen.data.text import open_tokenizer
 from vgen.log import Log
@@ -34,6 +35,8 @@ class StageConfig:
     init: {parameter prefix: arguments of InitConfig}.
     evaluate: data arguments that differ on held-out data, and "batches", how many to use ({} = no evaluation).
     cache: arguments of `vgen.features.CacheConfig`: what frozen encoders say is computed once ({} = in every step).
+    make: spec of what makes the training data with the stages before, called with the `Run` once -> (examples, report):
+      they are read in the place of the source, the report is `made.json` in the stage's folder ({} = `data` as it is).
     """
 
     task: dict[str, Any]
@@ -42,6 +45,7 @@ class StageConfig:
     init: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     evaluate: dict[str, Any] = dataclasses.field(default_factory=dict)
     cache: dict[str, Any] = dataclasses.field(default_factory=dict)
+    make: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +148,8 @@ class Run:
             for prefix, source in stage.init.items():
                 self._init_config(name, prefix, source)
             features.check(self, name)
+            if stage.make:
+                build(stage.make, f"{where}.make")
         if self.config.eval:
             build(self.config.eval, "config.eval")
         if self.config.generate:
@@ -255,6 +261,10 @@ class Run:
         """Arguments of `open_pipeline`, the text tokenizer left out."""
         stage, train = self.stage(name), self.train_config(name)
         settings = stage.data | (stage.evaluate if held_out else {})
+        if stage.make and not (held_out and stage.evaluate):
+            own = {"options", "split", "cached"}  # of the source that is replaced
+            settings = {key: value for key, value in settings.items() if key not in own}
+            settings["source"] = f"arrayrecord:{self.folder(name) / 'made'}"
         given = dict(
             batch_size=train.batch_size, seed=self.config.seed, cache_dir=self.workdir / "cache",
             sharding=sharding.batch_sharding(self.mesh), train=not held_out,
@@ -351,6 +361,7 @@ class Run:
         if not config.steps:
             self.weights(name)
             return None
+        self._make(name)
         cached, empty = bool(self.stage(name).cache), features.build(self, name, should_stop)
         layout = self.layout(name, cached)
         given, origin = self.given(name, {path.split("/")[0] for path in layout.shapes})
@@ -371,6 +382,16 @@ class Run:
             finally:
                 log.finish()
                 checkpoints.close()
+
+    def _make(self, name: str) -> None:
+        """Write a stage's training data, if it is one that makes them and has not done so."""
+        spec, folder = self.stage(name).make, self.folder(name)
+        if not spec or (folder / "made" / "cache.json").is_file():
+            return
+        examples, report = build(spec, f"config.stages.{name}.make")(self)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "made.json").write_text(json.dumps(report, indent=1))
+        cache_source(examples, folder / "made")
 
     def _hooks(self, name: str, config: TrainConfig, given, log: Log, cached: bool) -> list[Hook]:
         task, layout, evaluate = self.task(name), self.layout(name, cached), self.stage(name).evaluate

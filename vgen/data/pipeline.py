@@ -40,11 +40,13 @@ class Pipeline:
       examples, told apart by the key "valid".
     workers: processes; 0 works in `threads` threads of this process, best for examples that are cheap to make.
     max_bad_fraction: a larger share of undecodable images ends the run with a DataError.
-    keys: what a batch holds; by default image, text if there is a tokenizer, label if the first example has one.
+    keys: what a batch holds; by default image, text if there is a tokenizer, label and masks if the first example has
+    them.  Masks go with pictures as they are: neither is flipped, augmented or cut at random then.
 
     A batch is a dict of NumPy arrays for this host's slice, b = batch_size / process_count: image uint8 [b, h, w, 3],
-    text int32 [b, text_length], text_mask bool [b, text_length], label int32 [b], caption str [b], index int32 [b] (the
-    position in the source, always there), valid bool [b] (with remainder="pad"); any other key is stacked as it is.
+    text int32 [b, text_length], text_mask bool [b, text_length], label int32 [b], masks bool [b, n, h, w], caption str
+    [b], index int32 [b] (the position in the source, always there), valid bool [b] (with remainder="pad"); any other
+    key is stacked as it is.
     With buckets: image [b, height, width, 3], and float32 [b, 2] of (height, width): original, the file's, target, the
     bucket's, and corner, (top, left) of the crop in the resized picture.
     """
@@ -111,12 +113,15 @@ class Pipeline:
             object.__setattr__(self, "keys", self._default_keys())
         if "text" in self.keys and self.tokenizer is None:
             raise ValueError("Pipeline: the key 'text' needs a tokenizer")
+        if "masks" in self.keys and (self._random_picture or self.buckets is not None):
+            raise ValueError("Pipeline: masks take no flip, augment, random crop or buckets: they would not move along")
         object.__setattr__(self, "_text", _TextRows(self.tokenizer, self.text_length))
 
     def _default_keys(self) -> tuple[str, ...]:
         tried = (_read(self.source, [i])[0] for i in range(min(TRIES, len(self.source))))
         first = next((example for example in tried if not isinstance(example, Exception)), {})
-        keys = ("image",) + ("text",) * (self.tokenizer is not None) + ("label",) * ("label" in first)
+        keys = ("image",) + ("text",) * (self.tokenizer is not None)
+        keys += tuple(key for key in ("label", "masks") if key in first)
         return keys if self.buckets is None else (*keys, *MICRO)
 
     def __len__(self) -> int:
@@ -193,6 +198,15 @@ class Pipeline:
         for key in self.keys:
             if key not in ("text", *row):
                 row[key] = _get(example, key, i)
+        if "masks" in row and "image" in row:
+            (h, w), shape = row["image"].shape[:2], row["masks"].shape
+            if len(shape) != 3 or h % shape[1] or h * shape[2] != w * shape[1]:
+                raise DataError(
+                    f"masks of {example.get('name', f'example {i}')}",
+                    f"{shape} for a picture of {h} x {w}",
+                    "masks [n, height, width] of the finished picture, or a whole number of times smaller",
+                    "set `size` to that of the masks",
+                )
         return row
 
     def _caption(self, example: Mapping, i: int, rng) -> dict | None:

@@ -205,6 +205,7 @@ class Scenes:
 
     world: a World or its keyword arguments.
     labels: also "label", int, the class of the first object among `classes(world, labels)`; "" for none.
+    masks: also "masks", bool [world.max_objects, size, size]: the visible part of each object, then empty ones.
     """
 
     size: int
@@ -212,6 +213,7 @@ class Scenes:
     count: int = 1_000_000
     world: World | Mapping[str, Any] = FULL
     labels: str = ""
+    masks: bool = False
 
     def __post_init__(self):
         if not isinstance(self.world, World):
@@ -225,8 +227,11 @@ class Scenes:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -self.count <= index < self.count:
             raise IndexError(f"scene {index} is outside a source of {self.count}")
-        example = scene(self.world, int(index) % self.count, self.size, self.split)
+        example = scene(self.world, int(index) % self.count, self.size, self.split, truth=self.masks)
         label = {}
+        if self.masks:
+            none = self.world.max_objects - len(example["objects"])
+            label["masks"] = np.pad(example["masks"], ((0, none), (0, 0), (0, 0)))
         if self.labels:
             first = example["objects"][0]
             said = first.colour if self.labels != "shape" else "", first.shape if self.labels != "colour" else ""

@@ -4,6 +4,7 @@
     folder:DIR        pictures, with captions or in classes     tfds:NAME        TensorFlow Datasets, no TensorFlow
     arrayrecord:GLOB  written by vgen.data.cache                webdataset:GLOB  tar shards
     npz:FILE          arrays image, label, caption              digits           real handwritten digits
+    sa1b:DIR          pictures with masks, as SA-1B has them
 
 An example holds some of: image (uint8 array, or the bytes of an image file, decoded later by the pipeline so that a bad
 one can be skipped), caption (str or list of str), label (int), name (what a person would look for), and more arrays.
@@ -22,9 +23,13 @@ from vgen.data.cache import ArrayRecords
 from vgen.data.digits import Digits
 from vgen.data.images import DataError
 from vgen.data.photos import Photos
+from vgen.data.sa1b import SA1B
 from vgen.data.webdataset import WebDataset, caption_of
 
-KINDS = ("scenes", "folder:DIR", "tfds:NAME", "arrayrecord:GLOB", "webdataset:GLOB", "npz:FILE", "photos", "digits")
+KINDS = (
+    "scenes", "folder:DIR", "tfds:NAME", "arrayrecord:GLOB", "webdataset:GLOB", "npz:FILE", "sa1b:DIR", "photos",
+    "digits",
+)  # fmt: skip
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = ("train", "val", "valid", "validation", "test", "heldout")
 
@@ -45,7 +50,8 @@ def open_source(spec: str, *, size: int | None = None, split: str = "train", hol
     split: "train" or "heldout" for scenes, photos and digits; a TFDS split; a sub-folder of `folder:DIR` named like a
       split.
     holdout: for data that come in one piece, the share (evenly spread) that is "heldout" and kept out of "train".
-    kwargs: scenes: count, world, labels.  photos: count, seed, min_scale.  digits: count.  tfds: data_dir, keys.
+    kwargs: scenes: count, world, labels, masks.  photos: count, seed, min_scale.  digits: count.  tfds: data_dir, keys.
+      sa1b: masks, count.
     Raises ValueError for an unknown kind or keyword, DataError if there is nothing to read.
     """
     kind, _, where = spec.partition(":")
@@ -66,7 +72,7 @@ def open_source(spec: str, *, size: int | None = None, split: str = "train", hol
         from vgen.data.scenes import Scenes
 
         return _call(Scenes, kwargs, size=size, split=split)
-    if kind not in ("folder", "tfds", "arrayrecord", "webdataset", "npz") or not where:
+    if kind not in ("folder", "tfds", "arrayrecord", "webdataset", "npz", "sa1b") or not where:
         raise ValueError(f"open_source: spec must be one of {', '.join(KINDS)}, got {spec!r}")
     whole = "train" if holdout and split == "heldout" else split
     if kind == "tfds":
@@ -74,7 +80,11 @@ def open_source(spec: str, *, size: int | None = None, split: str = "train", hol
     if kind == "folder":
         folder, own_splits = _split_folder(Path(where), whole)
         return _part(_call(Folder, kwargs, folder=folder), spec, split, holdout, own_splits)
-    opener = {"arrayrecord": ArrayRecords, "webdataset": WebDataset, "npz": Npz}[kind]
+    if kind == "sa1b":
+        if size is None:
+            raise ValueError("open_source: sa1b needs a size, of pictures in pixels")
+        kwargs = dict(kwargs, size=size)
+    opener = {"sa1b": SA1B, "arrayrecord": ArrayRecords, "webdataset": WebDataset, "npz": Npz}[kind]
     return _part(_call(opener, kwargs, pattern=where), spec, split, holdout, own_splits=False)
 
 

@@ -11,11 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vgen.layers.attention import MultiHeadAttention, attention
 from vgen.layers.transformer import MLP, norm_layer, stack
-from vgen.models.sam_decoder import MaskDecoder, Masks, PromptEncoder
+from vgen.models.sam_decoder import ABSENT, MaskDecoder, Masks, PromptEncoder
 
 BASE = dict(depth=12, width=768, heads=12, global_layers=(2, 5, 8, 11))
 LARGE = dict(depth=24, width=1024, heads=16, global_layers=(5, 11, 17, 23))
@@ -186,7 +186,8 @@ class SAM(nn.Module):
     """Pixels and prompts to masks; sizes as for BASE, LARGE, HUGE.
 
     mlp_dim: 4 width by default.  channels: of the image embedding and the decoder.  See the parts for the rest.
-    Parameters: image_encoder, prompt_encoder, mask_decoder.
+    text_dim: of the texts that it can be told, 0 for none (the published weights know none).
+    Parameters: image_encoder, prompt_encoder, mask_decoder; text where there is text_dim.
     """
 
     depth: int
@@ -211,6 +212,7 @@ class SAM(nn.Module):
     unroll: int = 1
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    text_dim: int = 0
 
     def setup(self):
         kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype)
@@ -224,6 +226,7 @@ class SAM(nn.Module):
             self.channels, self.decoder_depth, self.decoder_heads, self.decoder_mlp_dim, self.masks, self.iou_dim,
             self.iou_depth, **kwargs,
         )  # fmt: skip
+        self.text = nn.Dense(self.channels, **kwargs) if self.text_dim else None
 
     def encode(self, pixels: Float[Array, "b y x 3"]) -> Float[Array, "b h w c"]:
         """The embedding of an image, good for any number of prompts; pixels: see `vgen.data.preprocess`."""
@@ -238,18 +241,34 @@ class SAM(nn.Module):
         masks: Float[Array, "b q y x"] | None = None,
         *,
         multimask: bool = True,
+        slots: bool = False,
+        text: Float[Array, "b p d"] | None = None,
+        told: Bool[Array, "b p"] | None = None,
     ) -> Masks:
         """Masks of p prompts for each image (prompts: see PromptEncoder).
 
         multimask: the `masks` answers to an ambiguous prompt (one point, say), or the single one to a clear prompt.
+        slots: points stand in slots of which those labelled ABSENT hold nothing and have no effect, and nothing is
+        added to them (`vgen.models.sam_prompt`): one shape for prompts of any length.
+        text: unit vectors of a text or of a picture of the object, by the same CLIP.  told: which prompts have one, all
+        by default.  Raises ValueError for text without slots, or a network without text_dim.
         """
-        sparse, dense = self.prompt_encoder(points, labels, boxes, masks)
-        out = self.mask_decoder(embedding, self.prompt_encoder.grid_positions(), sparse, dense)
+        sparse, dense = self.prompt_encoder(points, labels, boxes, masks, pad=not slots)
+        present = labels != ABSENT if slots else None
+        if self.is_initializing() and self.text is not None and text is None:
+            self.text(jnp.zeros((1, 1, self.text_dim)))
+        if text is not None:
+            if self.text is None or not slots:
+                raise ValueError(f"SAM: text needs slots and a network with text_dim, got slots={slots}")
+            told = jnp.ones(text.shape[:2], bool) if told is None else told
+            sparse = jnp.concatenate([sparse, self.text(text)[:, :, None].astype(sparse.dtype)], 2)
+            present = jnp.concatenate([present, told[:, :, None]], 2)
+        out = self.mask_decoder(embedding, self.prompt_encoder.grid_positions(), sparse, dense, present)
         kept = slice(1, None) if multimask else slice(0, 1)
         return Masks(out.logits[:, :, kept], out.iou[:, :, kept])
 
     def __call__(
-        self, pixels: Float[Array, "b y x 3"], points=None, labels=None, boxes=None, masks=None, *, multimask=True
+        self, pixels: Float[Array, "b y x 3"], points=None, labels=None, boxes=None, masks=None, **kwargs
     ) -> Masks:
         """`decode` of `encode`."""
-        return self.decode(self.encode(pixels), points, labels, boxes, masks, multimask=multimask)
+        return self.decode(self.encode(pixels), points, labels, boxes, masks, **kwargs)

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vgen.layers.attention import MultiHeadAttention
 from vgen.layers.linear import linear
 from vgen.layers.transformer import MLP, activation, norm_layer
+
+ABSENT = -2  # label of a slot for a point that holds none
 
 
 class Masks(NamedTuple):
@@ -69,18 +71,21 @@ class PromptEncoder(nn.Module):
         labels: Int[Array, "b p n"] | None = None,
         boxes: Float[Array, "b p 4"] | None = None,
         masks: Float[Array, "b q y x"] | None = None,
+        pad: bool = True,
     ) -> tuple[Float[Array, "b p t width"] | None, Float[Array, "bb q h w width"]]:
         """Tokens [b, p, t, width] (None without points and boxes) and a map [b, p or 1, grid, grid, width].
 
-        points: (x, y) in pixels of the padded frame.  labels: 1 inside the object, 0 outside, -1 no point; -10 gives a
-        token of zeros (padding of `transformers`' processor).  boxes: (x0, y0, x1, y1).  masks: logits of 4 grid pixels
-        a side, one for each prompt, or one for all.  Raises ValueError for points without labels.
+        points: (x, y) in pixels of the padded frame.  labels: 1 inside the object, 0 outside, -1 no point, 2 and 3 the
+        first and the second corner of a box (as in the authors' exported networks); -10 gives a token of zeros (padding
+        of `transformers`' processor).  boxes: (x0, y0, x1, y1).  masks: logits of 4 grid pixels a side, one for each
+        prompt, or one for all.  pad: whether points without boxes get the one "not a point" that they need.
+        Raises ValueError for points without labels.
         """
         tokens = []
         if points is not None:
             if labels is None:
                 raise ValueError("PromptEncoder: points need labels")
-            tokens.append(self._embed_points(points, labels, pad=boxes is None))
+            tokens.append(self._embed_points(points, labels, pad=pad and boxes is None))
         if boxes is not None:
             corners = boxes.reshape(*boxes.shape[:2], 2, 2)
             tokens.append(self.positions((corners + 0.5) / self.image_size) + self.point[2:])
@@ -98,7 +103,8 @@ class PromptEncoder(nn.Module):
             labels = jnp.pad(labels, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
         place, label = self.positions((points + 0.5) / self.image_size), labels[..., None]
         place = jnp.where(label == -1, self.not_a_point, place)
-        place = place + jnp.where(label == 0, self.point[0], 0) + jnp.where(label == 1, self.point[1], 0)
+        for kind in range(4):
+            place = place + jnp.where(label == kind, self.point[kind], 0)
         return jnp.where(label == -10, 0, place)
 
     def _embed_masks(self, masks):
@@ -124,8 +130,11 @@ class TwoWayLayer(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens, image, token_positions, image_positions):
-        """tokens and their positions [n, t, width], image [n, m, width] and its own [m, width] -> tokens, image."""
+    def __call__(self, tokens, image, token_positions, image_positions, mask=None):
+        """tokens and their positions [n, t, width], image [n, m, width] and its own [m, width] -> tokens, image.
+
+        mask: bool [n, t], False for tokens that are not there, or None.
+        """
         kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         half = tokens.shape[-1] // 2 // self.heads  # cross-attention works at half of the width
 
@@ -134,16 +143,16 @@ class TwoWayLayer(nn.Module):
 
         attn = MultiHeadAttention(self.heads, name="attn", **kwargs)
         if self.first:
-            tokens = attn(tokens)  # QUIRK: replaces the tokens (segment_anything's `skip_first_layer_pe`)
+            tokens = attn(tokens, mask=mask)  # QUIRK: replaces the tokens (segment_anything's `skip_first_layer_pe`)
         else:
-            tokens = tokens + attn(tokens + token_positions, values=tokens)
+            tokens = tokens + attn(tokens + token_positions, mask=mask, values=tokens)
         tokens = norm(tokens, "attn")
         look = MultiHeadAttention(self.heads, half, name="to_image", **kwargs)
         y = look(tokens + token_positions, image + image_positions, values=image)
         tokens = norm(tokens + y, "to_image")
         tokens = norm(tokens + MLP(self.mlp_dim, "relu", name="mlp", **kwargs)(tokens), "mlp")
         look = MultiHeadAttention(self.heads, half, name="to_tokens", **kwargs)
-        y = look(image + image_positions, tokens + token_positions, values=tokens)
+        y = look(image + image_positions, tokens + token_positions, mask, values=tokens)
         return tokens, norm(image + y, "to_tokens")
 
 
@@ -164,6 +173,27 @@ class Perceptron(nn.Module):
             x = linear(dims, dtype=self.dtype, param_dtype=self.param_dtype, name=f"fc{i}")(x)
             x = x if last else nn.relu(x)
         return x
+
+
+class Quarters(nn.Module):
+    """2 x 2 pixels of each place, [..., c] -> [..., 2, 2, features]: a transposed convolution whose kernel and stride
+    are 2, as the matrix product that it is (XLA's CPU backend takes many times as long for the convolution).
+
+    Parameters: kernel [2, 2, c, features] and bias, as of flax's ConvTranspose.
+    """
+
+    features: int
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        c, many = x.shape[-1], 4 * self.features
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (2, 2, c, self.features), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        kernel = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(c, many)  # ConvTranspose counts from the far corner
+        return (x.reshape(-1, c) @ kernel).reshape(*x.shape[:-1], 2, 2, self.features) + bias
 
 
 class MaskDecoder(nn.Module):
@@ -193,8 +223,12 @@ class MaskDecoder(nn.Module):
         image_positions: Float[Array, "h w width"],
         sparse: Float[Array, "b p t width"] | None,
         dense: Float[Array, "bb q h w width"],
+        present: Bool[Array, "b p t"] | None = None,
     ) -> Masks:
-        """The masks + 1 answers to every prompt, that for clear prompts first; arguments as from PromptEncoder."""
+        """The masks + 1 answers to every prompt, that for clear prompts first; arguments as from PromptEncoder.
+
+        present: which of its tokens are there at all, by default every one.
+        """
         kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         normal, (b, h, w, width) = nn.initializers.normal(1.0), image.shape
         p = dense.shape[1] if sparse is None else sparse.shape[1]
@@ -205,29 +239,33 @@ class MaskDecoder(nn.Module):
         tokens = jnp.broadcast_to(jnp.concatenate(own), (b, p, self.masks + 2, width))
         tokens = tokens if sparse is None else jnp.concatenate([tokens, sparse.astype(tokens.dtype)], 2)
         start = tokens = tokens.reshape(b * p, -1, width)
+        if present is not None:
+            present = jnp.pad(present, ((0, 0), (0, 0), (self.masks + 2, 0)), constant_values=True)
+            present = present.reshape(b * p, -1)
         x = jnp.broadcast_to(image[:, None] + dense, (b, p, h, w, width)).reshape(b * p, h * w, width)
         places = image_positions.reshape(h * w, width)
         for i in range(self.depth):
             layer = TwoWayLayer(self.heads, self.mlp_dim, i == 0, self.eps, name=f"layers_{i}", **kwargs)
-            tokens, x = layer(tokens, x, start, places)
+            tokens, x = layer(tokens, x, start, places, present)
         final = MultiHeadAttention(self.heads, width // 2 // self.heads, name="final", **kwargs)
         y = tokens + final(tokens + start, x + places, values=x)
         tokens = norm_layer("layer", 1e-5, "final_norm", **kwargs)(y)
 
-        maps = self._upscale(x.reshape(b * p, h, w, width))
+        maps = self._upscale(x)
         hyper = nn.vmap(
             Perceptron, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=1, out_axes=1,
             axis_size=self.masks + 1,
         )(width, maps.shape[-1], name="hyper", **kwargs)  # fmt: skip
         weights = hyper(tokens[:, 1 : self.masks + 2])  # [b p, masks + 1, channels]
-        logits = jnp.einsum("nmc,nhwc->nmhw", weights, maps)
+        logits = jnp.einsum("nmc,nkc->nmk", weights, maps.reshape(b * p, -1, maps.shape[-1]))
+        logits = logits.reshape(b * p, self.masks + 1, h, w, 2, 2, 2, 2)  # a place, its quarters, and theirs
+        logits = logits.transpose(0, 1, 2, 4, 6, 3, 5, 7).reshape(b * p, self.masks + 1, 4 * h, 4 * w)
         iou = Perceptron(self.iou_dim, self.masks + 1, self.iou_depth, name="iou", **kwargs)(tokens[:, 0])
         return Masks(logits.reshape(b, p, *logits.shape[1:]), iou.reshape(b, p, -1))
 
     def _upscale(self, x):
-        """[n, h, w, width] -> [n, 4 h, 4 w, width / 8]."""
+        """[n, places, width] -> [n, places, 2, 2, 2, 2, width / 8], the pixels of each place."""
         kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        doubled = dict(kernel_size=(2, 2), strides=(2, 2), padding="VALID", **kwargs)
-        x = nn.ConvTranspose(self.width // 4, name="up1", **doubled)(x)
+        x = Quarters(self.width // 4, name="up1", **kwargs)(x)
         x = activation("gelu")(norm_layer("layer", 1e-6, "up_norm", **kwargs)(x))
-        return activation("gelu")(nn.ConvTranspose(self.width // 8, name="up2", **doubled)(x))
+        return activation("gelu")(Quarters(self.width // 8, name="up2", **kwargs)(x))
