@@ -33,7 +33,15 @@ Published numbers
   unguided: 2.07. A U-Net without classes at 256, guided by 10.0: 26.21 to 12.00.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini, 1300 steps of 16, 264 pictures (11 of a class), seed 0, 25 steps; classifier scale, share of pictures that are
+  right (class and background), diversity:
+    0  0.398  0.284
+    1  0.405  0.281
+    2  0.424  0.279
+    4  0.417  0.275
+    8  0.443  0.270
+  Guidance raises the one, but for two pictures at 4, and lowers the other; little, for the U-Net knows the class.  What
+  is wrong with the others is their background, of a shade that no scene has, as in configs/ddpm.py.
 """
 
 from ml_collections import ConfigDict, FieldReference

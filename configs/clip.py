@@ -19,7 +19,10 @@ Published numbers
   400M pairs, 32 epochs, batches of 32,768: L/14 12 days on 256 V100.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini, 1200 steps of 128, 26 minutes on one core with other work beside it.  256 scenes with pairs of colour and shape
+  that training never shows: caption recall at 1, 5, 10 0.45, 0.71, 0.78, image recall 0.53, 0.78, 0.95, zero-shot 0.48
+  among all 32 pairs.  256 other scenes of pairs that it shows: 0.70, 0.99, 1.00; 0.64, 0.98, 1.00; zero-shot 1.00.
+  The goals, recall at 1 of 0.6 and zero-shot of 0.9, are met for those pairs alone.
 """
 
 from ml_collections import ConfigDict

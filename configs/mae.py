@@ -21,7 +21,10 @@ Published numbers
   Without mask tokens in the encoder: 3.3 times fewer FLOPs, 2.8 to 4.1 times less time.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini, 15 minutes on one core with other work beside it: a linear probe on 2048 labelled scenes tells 0.980 of 1024
+  others' 24 (colour, shape) classes, and on the encoder as it begins 0.852; with 480 labelled 0.897 and 0.739.  That is
+  12.9 and 15.7 points; the goal is 20.  20 nearest neighbours: 0.40, and 0.71 as it begins: the features say more of
+  places than of classes.
 """
 
 from ml_collections import ConfigDict

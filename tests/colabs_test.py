@@ -28,19 +28,23 @@ def test_defines_nothing_and_is_stored_without_outputs(path):
     assert {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)} >= {"vgen"}
 
 
-def executed(name, run, folder, monkeypatch):
-    """(the notebook after its last cell, its pictures) on a copy of a trained run, in which nothing was trained."""
-    shutil.copytree(run.workdir, folder)
-    (folder / "config.json").unlink()  # shared runs leave the evaluation of their stages out
+def executed(name, runs, folder, monkeypatch):
+    """(the notebook after its last cell, its pictures) on copies of trained runs, in which nothing was trained.
+
+    runs: one, or those of the folder's sub-folders by name.
+    """
+    for copy, run in runs.items() if isinstance(runs, dict) else [("", runs)]:
+        shutil.copytree(run.workdir, folder / copy)
+        (folder / copy / "config.json").unlink()  # shared runs leave the evaluation of their stages out
     monkeypatch.setenv("VGEN_COLAB_SCALE", "tiny")
     monkeypatch.setenv("VGEN_COLAB_WORKDIR", str(folder))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # see `quick_compilation`
     path = next(path for path in COLABS if path.stem == name)
     notebook = nbformat.read(path, as_version=4)
-    before = {file.parent.name for file in folder.glob("*/checkpoints/*")}
+    before = {file.parent for file in folder.glob("**/checkpoints/*")}
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": path.parent}}).execute()
-    assert {file.parent.name for file in folder.glob("*/checkpoints/*")} == before
+    assert {file.parent for file in folder.glob("**/checkpoints/*")} == before
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     return notebook, [output for output in outputs if "image/png" in output.get("data", {})]
 
@@ -62,3 +66,11 @@ def test_diffusion_runs(tiny_runs, tmp_path, monkeypatch):
     notebook, pictures = executed("diffusion", run, tmp_path / "run", monkeypatch)
     assert len(pictures) == 7  # curves, samples, guidance, maps, Prompt-to-Prompt, SDEdit, a mask
     assert all(name in printed(notebook.cells[-1]) for name in (*METRICS, "unet", "unet_guidance_off"))
+
+
+def test_encoders_run(tiny_runs, tmp_path, monkeypatch):
+    configs = COLABS[0].parents[1] / "configs"
+    runs = {name: tiny_runs(configs / f"{name}.py") for name in ("clip", "mae", "sam")}
+    _, pictures = executed("encoders", runs, tmp_path / "runs", monkeypatch)
+    assert len(pictures) == 7  # curves, search, classes, reconstructions, clicks, clicks of one's own, all masks
+    assert len(list((tmp_path / "runs" / "clip" / "folder").glob("*.png"))) == 64

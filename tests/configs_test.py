@@ -256,6 +256,46 @@ def test_amused_is_the_published_one():
     assert knobs == dict(steps=12, guidance_scale=10.0, temperature=1.0, choice_temperature=2.0)
 
 
+@pytest.mark.parametrize("scale", ["paper", "imported"])
+def test_maskgit_is_the_published_one(scale):
+    run = run_of(ROOT / "configs" / "maskgit.py", scale)
+    published, task = run.config.published, run.task("generator")
+    assert sizes(run, "generator") == {part: published[part] for part in ("transformer", "tokenizer")}
+    assert (task.mask_id, task.schedule, task.label_smoothing, task.text_drop) == (2024, "cosine", 0.1, 0.0)
+    assert run.config.generate["knobs"]["generator"] == dict(steps=8, temperature=1.0, choice_temperature=4.5)
+
+
+def test_flip_and_blip_have_their_published_sizes():
+    run = run_of(ROOT / "configs" / "flip.py", "paper")
+    shapes = states.Layout(run.task("flip"), encoders_batch(224)).shapes
+    for part, millions in run.config.published["millions"].items():
+        mine = trees.subtree(shapes, f"network/{part}")
+        without = {path: leaf for path, leaf in mine.items() if not path.startswith("projection")}
+        assert round(trees.count(without) / 1e6) == millions, part
+    run = run_of(ROOT / "configs" / "blip.py", "imported")
+    shapes = states.Layout(run.task("caption"), encoders_batch(384)).shapes
+    assert trees.count(trees.subtree(shapes, "network")) == run.config.published["network"]
+
+
+def encoders_batch(size):
+    shape = jax.ShapeDtypeStruct
+    return {
+        "image": shape((1, size, size, 3), jnp.uint8), "text": shape((1, 32), jnp.int32),
+        "text_mask": shape((1, 32), bool),
+    }  # fmt: skip
+
+
+def test_token_priors_have_their_published_sizes():
+    run = run_of(ROOT / "configs" / "vqgan.py", "paper")
+    published, counts = run.config.published, sizes(run, "tokenizer")
+    assert {part: counts[part] for part in published["tokenizer"]} == published["tokenizer"]
+    assert sizes(run, "prior")["network"] == pytest.approx(published["prior"], rel=0.01)
+    run = run_of(ROOT / "configs" / "dalle.py", "paper")
+    published, counts = run.config.published, sizes(run, "tokenizer")
+    assert {part: counts[part] for part in published["tokenizer"]} == published["tokenizer"]
+    assert sizes(run, "prior")["network"] == pytest.approx(published["transformer"], rel=0.03)
+
+
 def test_one_setting_moves_every_path_to_the_weights():
     config = runpy.run_path(str(ROOT / "configs" / "amused.py"))["get_config"]("paper")
     config.weights = "/data/amused-256"

@@ -1,4 +1,4 @@
-"""Training on 8 emulated devices gives the losses of one device, whatever the mesh."""
+"""Training on 8 emulated devices gives the losses of one device, whatever the mesh and the task."""
 
 import json
 import os
@@ -73,6 +73,74 @@ def muse(mesh, rules):
     return log.values, state
 
 
+# A config and a stage for every task but Muse's and those that are made of it; losses at their scale "tiny".
+TASKS = (
+    ("vit", "vit"), ("a_clip", "a_clip"), ("flip", "flip"), ("blip", "blip"), ("mae", "mae"), ("sam", "sam"),
+    ("vqvae", "tokenizer"), ("vqvae", "prior"), ("dit", "dit"),
+)  # fmt: skip
+CUBE = dict(data=2, fsdp=2, tensor=2)
+BACKWARD = "flip/flip"  # whose gradient, of InfoNCE over the batch of all devices, is compared too
+
+
+def noise(config, stage, task):
+    """A batch of 8 without meaning."""
+    import numpy as np
+
+    rng, size, length = np.random.default_rng(0), stage.data.size, config.get("text", {}).get("length", 0)
+    batch = {"image": rng.integers(0, 256, (8, size, size, 3)).astype(np.uint8)}
+    if length:
+        batch["text"] = rng.integers(2, 300, (8, length)).astype(np.int32)
+        batch["text"][:, -1] = 1
+        batch["text_mask"] = np.arange(length) < rng.integers(2, length, (8, 1))
+    if getattr(task, "classes", 0):
+        batch["label"] = rng.integers(0, task.classes, 8).astype(np.int32)
+    corner, place = rng.integers(0, size // 2, (8, 3, 2, 1)), np.arange(size)
+    inside = (place >= corner) & (place < corner + size // 2)
+    return batch | {"masks": inside[:, :, 0, :, None] & inside[:, :, 1, None]}
+
+
+def every() -> dict:
+    """{config/stage: (relative difference of the losses, of the gradients, how many parameters are split)}."""
+    import jax
+    import numpy as np
+    import optax
+
+    from tests.convert.tables import draw
+    from vgen import sharding, trees
+    from vgen import state as states
+    from vgen.config import build
+    from vgen.types import Context
+
+    report = {}
+    for name, stage in TASKS:
+        config = tiny(name)
+        task = build(config.stages[stage].task)
+        batch = noise(config, config.stages[stage], task)
+        layout = states.Layout(task, batch)
+        flat = trees.flatten(draw(task, batch))
+
+        def values(trained, rest, batch):
+            """The sum of all groups' losses."""
+            losses = task.losses(trees.unflatten(rest | trained), Context(np.int32(9)), batch, jax.random.key(0))
+            return sum(loss.value for loss in losses.values())
+
+        backward, found = f"{name}/{stage}" == BACKWARD, []
+        run = jax.jit(jax.value_and_grad(values) if backward else lambda *given: (values(*given), {}))
+        for mesh in (sharding.make_mesh(devices=jax.devices()[:1]), sharding.make_mesh(**CUBE)):
+            with jax.set_mesh(mesh):
+                placed = jax.device_put(flat, sharding.param_shardings(flat, mesh, TENSOR, 0))
+                trained = {path: placed.pop(path) for path in layout.trained}
+                split = sum(not leaf.sharding.is_fully_replicated for leaf in trained.values())
+                seen = jax.device_put(batch, sharding.batch_sharding(mesh))
+                found.append(jax.device_get(run(trained, placed, seen)))
+        (want, grads), (got, split_grads) = found
+        apart = jax.tree.map(lambda a, b: a - b, grads, split_grads)
+        wrong = float(optax.global_norm(apart) / optax.global_norm(grads)) if backward else 0.0
+        report[f"{name}/{stage}"] = (float(abs(got - want) / abs(want)), wrong, split)
+        print(name, stage, report[f"{name}/{stage}"], file=sys.stderr, flush=True)
+    return report
+
+
 class Losses:
     """A log of losses alone."""
 
@@ -89,10 +157,10 @@ class Losses:
         self.values.append(values["loss"])
 
 
-def tiny():
+def tiny(name="muse"):
     import runpy
 
-    return runpy.run_path(str(ROOT / "configs" / "muse.py"))["get_config"]("tiny")
+    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]("tiny")
 
 
 def main(name: str) -> dict:
@@ -116,8 +184,8 @@ def main(name: str) -> dict:
     return report
 
 
-@pytest.mark.parametrize("name", ["toy", "muse"])
-def test_eight_devices_give_the_losses_of_one(name):
+def on_8_devices(name):
+    """What this file, run on 8 emulated devices, reports of it."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(
@@ -129,7 +197,22 @@ def test_eight_devices_give_the_losses_of_one(name):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_task_gives_the_losses_of_one_device():
+    """On a mesh of data 2, fsdp 2 and tensor 2."""
+    report = on_8_devices("every")
+    assert set(report) == {"/".join(each) for each in TASKS}
+    print("\nrelative difference of a loss, of a gradient, parameters split:")
+    for name, (loss, gradient, split) in report.items():
+        print(f"  {name}: {loss:.1e}, {gradient:.1e}, {split}")
+        assert loss <= 1e-5 and gradient <= 1e-5 and split > 0, name
+
+
+@pytest.mark.parametrize("name", ["toy", "muse"])
+def test_eight_devices_give_the_losses_of_one(name):
+    report = on_8_devices(name)
     assert report["devices"] == 8 and len(set(report["losses"])) > 1
     print(f"\n{name} on 8 devices, largest relative difference of a loss:")
     for sizes, _ in MESHES[name]:
@@ -141,4 +224,4 @@ def test_eight_devices_give_the_losses_of_one(name):
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1])))
+    print(json.dumps(every() if sys.argv[1] == "every" else main(sys.argv[1])))

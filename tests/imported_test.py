@@ -11,7 +11,8 @@ import vgen
 from tests.conftest import quick_compilation
 from vgen import trees
 from vgen.config import UserError
-from vgen.convert import unet_openai
+from vgen.convert import maskgit, unet_openai
+from vgen.convert.vqgan import MASKGIT_VQ
 from vgen.stages import Run
 from vgen.system import System
 
@@ -19,7 +20,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from tests.convert import pipelines_test as tiny  # noqa: E402
 from tests.convert.pipelines_test import t5, vocabulary  # noqa: E402, F401  fixtures
-from tests.convert.tables import draw, export  # noqa: E402
+from tests.convert.tables import draw, export, write_msgpack  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TOWER = dict(width=16, depth=2, heads=2, mlp_dim=24, vocab=55, length=tiny.LENGTH)
@@ -200,6 +201,35 @@ def test_adm_is_what_load_reads(tmp_path):
     for part, name in parts.items():
         module, params = vgen.load(tmp_path / f"{name}.pt")
         assert getattr(task, part) == module
+        want = trees.flatten(params)
+        assert set(trees.subtree(found, part)) == set(want)
+        for path, value in want.items():
+            np.testing.assert_array_equal(found[f"{part}/{path}"], value)
+
+
+def test_maskgit_is_what_load_reads(tmp_path):
+    """Two Flax trees without settings; the codebook is of the published size."""
+    config = loaded("maskgit")
+    config.weights = str(tmp_path)
+    stage = config.stages.generator
+    task = stage.task
+    task.size, stage.data.size = 16, 16
+    task.tokenizer.update(dict(channels=32, multipliers=(1, 2), blocks=1, latent_channels=8))
+    task.transformer.update(dict(classes=5, length=65, depth=1, width=16, heads=2, mlp_dim=24))
+    run = Run(config, tmp_path / "run")
+    task = run.task("generator")
+    published = {"maskgit": (task.transformer, maskgit.MASKGIT), "tokenizer": (task.tokenizer, MASKGIT_VQ)}
+    for name, (module, family) in published.items():
+        params = draw(module, **family.inputs(module, np.random.default_rng(0)))
+        write_msgpack(tmp_path / f"{name}_imagenet256_checkpoint.msgpack", export(family, module, params))
+    run.check()
+    found, step = run.weights("generator")
+    parts = {"transformer": "maskgit", "tokenizer": "tokenizer"}
+    assert step == 0 and {path.split("/")[0] for path in found} == set(parts)
+    for part, name in parts.items():
+        module, params = vgen.load(tmp_path / f"{name}_imagenet256_checkpoint.msgpack")
+        mine = getattr(task, part)
+        assert module == mine if part == "transformer" else module.clone(layout="maskgit") == mine
         want = trees.flatten(params)
         assert set(trees.subtree(found, part)) == set(want)
         for path, value in want.items():

@@ -38,6 +38,8 @@ FORBIDDEN = {
     "system": {"models", "tasks", "main"},
     "main": {"models", "tasks"},
     "features": {"models", "tasks", "metrics", "stages", "system", "main"},
+    "automatic_masks": {"tasks", "metrics", "tokens", "diffusion", "edit"} | TOP,
+    "engine": {"models", "tasks", "tokens", "diffusion", "edit"} | TOP,
 }
 EXCEPT = {("trees", "config")}  # its errors are mistakes in configs
 # Whole systems: a pipeline's files become the task that samples it. `vgen.load` imports these where it needs them.

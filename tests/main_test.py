@@ -132,7 +132,7 @@ def test_training_samples_and_measures(trained, capsys):
         ([TOY, "--config.order=('first', 'last')"], "config.order names stage 'last'; config.stages has first, second"),
         ([TOY, "--config.mesh.fsdp=3"], "does not cover"),
         ([TOY, "--config.mesh.fspd=1"], "config.mesh.fspd: make_mesh does not take it; did you mean 'fsdp'?"),
-        ([TOY, "--config.text.kind=bpee"], "kind must be 'bpe', 'clip' or 't5', got 'bpee'"),
+        ([TOY, "--config.text.kind=bpee"], "kind must be 'bpe', 'clip', 't5' or 'bert', got 'bpee'"),
         ([TOY, "--config.text.path=/nowhere"], "config.text: BPE.load: looked for /nowhere"),
         ([TOY, "--config.stages.first.data.source=folder:/nowhere"], "/nowhere"),
         ([TOY, "--stage=third"], "there is no stage 'third'; toy has first, second"),

@@ -54,7 +54,7 @@ def _flags(argv: list[str]) -> flags.FlagValues:
     number("steps", None, "sampling steps of the first stage", lower_bound=1, flag_values=values)
     number("num_images", 1, "pictures per prompt", lower_bound=1, flag_values=values)
     text("out", None, "folder for the pictures (default: WORKDIR/samples)", flag_values=values)
-    text("image", None, "a picture to edit; its central square is taken", flag_values=values)
+    text("image", None, "a picture to edit, of which the central square is taken; or to caption", flag_values=values)
     text("mask", None, "white where --image is to be made anew; without it: edit by text alone", flag_values=values)
     text("compilation_cache", "~/.cache/vgen/xla", "folder of compiled programs; '' = off", flag_values=values)
     number("cpu_devices", 1, "devices emulated on the processor, to try a mesh", lower_bound=1, flag_values=values)
@@ -185,6 +185,8 @@ def _sample(run, options) -> int:
     from vgen.data import images
     from vgen.system import System
 
+    if run.config.generate and getattr(run.sampler(list(run.config.generate["stages"])[-1]), "writes", False):
+        return _caption(run, options)
     prompts = list(options.prompt)
     if options.prompts is not None:
         try:
@@ -215,19 +217,45 @@ def _sample(run, options) -> int:
     return 0
 
 
-def _draw(run, options, system, prompts, **edit) -> None:
-    """Write one PNG per picture and a grid with captions per stage; print where they are."""
+def _caption(run, options) -> int:
+    """Print what the system tells of --image, or of all pictures in that folder; keep it in captions.txt."""
     from vgen.data import images
+    from vgen.system import System
 
-    if not prompts:
-        return
-    out = Path(options.out or run.workdir / "samples")
+    if options.image is None or options.prompt or options.prompts or options.mask:
+        raise UserError(f"{run.config.name} captions pictures: --mode=sample takes --image=PICTURE_OR_FOLDER alone")
+    given = Path(options.image)
+    paths = sorted(path for path in given.iterdir() if path.is_file()) if given.is_dir() else [given]
+    if not paths:
+        raise UserError(f"--image={given}: the folder has no pictures")
+    pictures = [images.load(path) for path in paths]
+    told = System(run).write(pictures, seed=options.seed)
+    out = _folder(options.out or run.workdir / "samples")
+    lines = [f"{path.name}: {caption}" for path, caption in zip(paths, told, strict=True)]
+    (out / "captions.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    print("\n".join(lines))
+    return 0
+
+
+def _folder(out) -> Path:
+    """The folder for what is made, which can be written to."""
+    out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / ".writable").touch()
         (out / ".writable").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to --out={out}: {error.strerror or error}") from None
+    return out
+
+
+def _draw(run, options, system, prompts, **edit) -> None:
+    """Write one PNG per picture and a grid with captions per stage; print where they are."""
+    from vgen.data import images
+
+    if not prompts:
+        return
+    out = _folder(options.out or run.workdir / "samples")
     stages = system.names[: system.names.index(options.stage) + 1] if options.stage else None
     repeated = [prompt for prompt in prompts for _ in range(options.num_images)]
     with warnings.catch_warnings(record=True) as told:

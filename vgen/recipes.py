@@ -210,6 +210,39 @@ def autoencoder(
     return stage | (dict(init=init) if init else {})
 
 
+def prior(
+    network: Mapping[str, Any],
+    tokenizer: Mapping[str, Any],
+    *,
+    size: int,
+    world: Mapping[str, Any],
+    eval_count: int,
+    autoencoding: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    free: Mapping[str, Any] | None = None,
+    labels: str = "",
+    cached: int = 0,
+    **task,
+) -> dict[str, Any]:
+    """`stages` and `order` of a config that trains a tokenizer on scenes and then Autoregressive over its tokens.
+
+    network, tokenizer: their specs.  autoencoding: settings of `autoencoder`: steps, batch, lr, ...  settings: of
+    `train`, of the network.  free: the world of the tokenizer's pictures, `world` by default.  labels, cached: of the
+    network's data.  task: other settings of Autoregressive.
+    """
+    loose = world if free is None else free
+    first = autoencoder(
+        tokenizer, data=scenes(size, loose), evaluate=held_out(loose, eval_count, batches=8), **autoencoding
+    )
+    task = dict(network=network, tokenizer=tokenizer, size=size) | task
+    second = dict(
+        task=dict(target="vgen.tasks.autoregressive:Autoregressive", **task),
+        data=scenes(size, world, labels, cached=cached), evaluate=held_out(world, eval_count, labels=labels),
+        train=train(**settings), init=dict(tokenizer=dict(stage="tokenizer", without="discriminator|lpips")),
+    )  # fmt: skip
+    return dict(stages={"tokenizer": first, "prior": second}, order=("tokenizer", "prior"))
+
+
 def diffusion(
     name: str,
     task: Mapping[str, Any],
@@ -311,7 +344,8 @@ def contrastive(
     """A config of one stage `name` that trains Contrastive on scenes of `size` pixels and their captions.
 
     features: width of the shared space.  text: of `bpe`.  image: arguments of `clip_vit`.  words: of TextTower.
-    settings: of `train`.  pictures: how many ClipQuality looks at.  task: other settings of Contrastive.
+    settings: of `train`.  pictures: how many ClipQuality looks at.  task: other settings of Contrastive, or another
+      target and its settings.
     """
     end = 1  # of the texts that `bpe` makes
     visual = dict(
@@ -324,7 +358,7 @@ def contrastive(
     )  # fmt: skip
     network = dict(target="vgen.models.clip:CLIP", visual=visual, text=tower)
     stage = dict(
-        task=dict(target="vgen.tasks.contrastive:Contrastive", network=network, size=size, **task),
+        task=dict(target="vgen.tasks.contrastive:Contrastive", network=network, size=size) | task,
         data=scenes(size, world, cached=cached), evaluate=held_out(world, eval_count),
         train=train(**settings),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Generate with a trained run: prompts in, pictures of every generating stage out."""
+"""Generate with a trained run: prompts in, pictures of every generating stage out; or pictures in, and texts out."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,6 +94,25 @@ class System:
         mesh = self.run.mesh
         even = self.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
         return jax.device_put(x, sharding.batch_sharding(mesh) if even else sharding.replicated(mesh))
+
+    def write(self, pictures: Sequence[np.ndarray], *, seed: int = 0, **overrides) -> list[str]:
+        """What the last stage tells of each picture, uint8 [h, w, 3] of any sizes, which are made square.
+
+        overrides: knobs (`generate.knobs`).  Raises UserError for one that no stage has, and for a system that makes
+        no texts.
+        """
+        name, found = self.names[-1], []
+        if not getattr(self.tasks[name], "writes", False):
+            raise UserError(f"stage {name} of {self.run.config.name} makes pictures, it tells nothing of them")
+        self._check_overrides(overrides)
+        square = np.stack([images.resize(picture, self.size, "resize") for picture in pictures])
+        with jax.set_mesh(self.run.mesh):
+            for batch, (rows, new) in enumerate(self.batches(len(square), self.batch_size)):
+                conds = {"image": self._spread(square[rows])}
+                key = jax.random.fold_in(jax.random.key(seed), batch)
+                made = self._functions[name](self.params[name], key, conds, **self.knobs(name, overrides))
+                found += self.text.tokenizer.decode(np.asarray(made["text_out"])[:new])
+        return found
 
     def __call__(
         self,

@@ -105,7 +105,7 @@ def test_open_tokenizer(tmp_path):
     again = open_tokenizer("bpe", 9, vocab_size=300, corpus=None, cache=tmp_path / "t.json")
     np.testing.assert_array_equal(first(ODD)[0], again(ODD)[0])
     assert first(ODD)[0].shape == (len(ODD), 9)
-    with pytest.raises(ValueError, match="'bpe', 'clip' or 't5'"):
+    with pytest.raises(ValueError, match="'bpe', 'clip', 't5' or 'bert'"):
         open_tokenizer("wordpiece", 9)
     with pytest.raises(DataError, match="path"):
         open_tokenizer("clip", 77)

@@ -1,4 +1,5 @@
-"""Text to token ids: a byte-level BPE trained on the corpus, CLIP's BPE and T5's sentencepiece from checkpoint folders.
+"""Text to token ids: a byte-level BPE trained on the corpus; CLIP's BPE, T5's sentencepiece and BERT's word pieces from
+checkpoint folders.
 
 Every tokenizer keeps one contract (`Tokenizer`): ids end with the end token, text that is too long loses its tail and
 keeps the end token, what is left of the row is padding, and the mask covers everything up to the end token.
@@ -267,6 +268,55 @@ class T5:
         return [self._model.decode(row) for row in _until(ids, self.end_id, frozenset((self.pad_id,)))]
 
 
+# --------------------------------------------------------------------------------------------------------------- BERT
+
+
+class Bert:
+    """BERT's word pieces: rows `[CLS] ids... [SEP] pad...` (Devlin et al. 2018), as BLIP and FLIP have them.
+
+    Ids equal transformers' BertTokenizer.  Ids beyond the vocabulary, such as BLIP's [DEC], have no spelling.
+    """
+
+    def __init__(self, model: tokenizers.Tokenizer):
+        self._model = model
+        self.vocab_size = model.get_vocab_size()
+        ids = [model.token_to_id(name) for name in ("[CLS]", "[SEP]", "[PAD]")]
+        if None in ids:
+            raise DataError("BERT vocabulary", "no [CLS], [SEP] or [PAD]", "all of them", "check the folder")
+        self.start_id, self.end_id, self.pad_id = ids
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Bert":
+        """Read a checkpoint's tokenizer folder: vocab.txt, in which case letters become small ones unless
+        tokenizer_config.json says otherwise, or tokenizer.json.
+
+        Raises FileNotFoundError naming what was looked for.
+        """
+        folder = Path(folder)
+        words, whole, config = (folder / name for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"))
+        if whole.is_file():
+            model = tokenizers.Tokenizer.from_file(str(whole))
+            model.no_truncation()
+            model.no_padding()
+        elif words.is_file():
+            small = json.loads(config.read_text("utf-8")).get("do_lower_case", True) if config.is_file() else True
+            pieces = {word: i for i, word in enumerate(words.read_text("utf-8").splitlines())}
+            model = tokenizers.Tokenizer(tokenizers.models.WordPiece(pieces, unk_token="[UNK]"))
+            model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=small)
+            model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+            model.decoder = tokenizers.decoders.WordPiece()
+        else:
+            raise FileNotFoundError(f"Bert.load: looked in {folder} for vocab.txt or tokenizer.json")
+        return cls(model)
+
+    def encode(self, texts: Sequence[str], length: int) -> Tokens:
+        return _rows(_ids(self._model, texts), length, self.pad_id, self.end_id, self.start_id)
+
+    def decode(self, ids) -> list[str]:
+        rows = _until(ids, self.end_id, frozenset((self.start_id, self.pad_id)))
+        return [self._model.decode([i for i in row if i < self.vocab_size]) for row in rows]
+
+
 def open_tokenizer(
     kind: str,
     length: int,
@@ -279,8 +329,8 @@ def open_tokenizer(
     """A tokenizer with its text length, as a config names it.
 
     kind: "bpe" (from `path`; without one, trained to `vocab_size` on the captions that `corpus()` gives, once, and kept
-    at `cache`), "clip" or "t5" (from the checkpoint folder `path`).  length: tokens per text.
-    Raises ValueError for another kind, DataError when clip or t5 have no path.
+    at `cache`), "clip", "t5" or "bert" (from the checkpoint folder `path`).  length: tokens per text.
+    Raises ValueError for another kind, DataError when one of the latter has no path.
     """
     if kind == "bpe":
         if path:
@@ -293,11 +343,12 @@ def open_tokenizer(
         if cache is not None:
             model.save(cache)
         return Texts(model, length)
-    if kind not in ("clip", "t5"):
-        raise ValueError(f"open_tokenizer: kind must be 'bpe', 'clip' or 't5', got {kind!r}")
+    folders = dict(clip=Clip, t5=T5, bert=Bert)
+    if kind not in folders:
+        raise ValueError(f"open_tokenizer: kind must be 'bpe', 'clip', 't5' or 'bert', got {kind!r}")
     if not path:
         raise DataError(f"tokenizer {kind}", "no path", "the checkpoint's folder", "set --config.text.path=FOLDER")
-    return Texts((Clip if kind == "clip" else T5).load(path), length)
+    return Texts(folders[kind].load(path), length)
 
 
 @dataclasses.dataclass(frozen=True)

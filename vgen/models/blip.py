@@ -1,11 +1,14 @@
 """BLIP's captioner (Li et al. 2022, arXiv:2201.12086): a vision transformer and a text decoder that looks at it."""
 
+from typing import Any
+
 import flax.linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from vgen.models import vit
 from vgen.models.bert import Bert
 from vgen.models.vit import ViT
+from vgen.types import Params
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP, on pixels in [0, 1]: what the towers take is (x - MEAN) / STD
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -48,3 +51,8 @@ def captioner(size: str = "base", image_size: int = 384) -> Captioner:
         raise ValueError(f"captioner: size must be one of {', '.join(towers)}, got {size!r}")
     tower = ViT(**towers[size], patch_size=16, image_size=image_size, resize="bicubic")
     return Captioner(tower, Bert(vocab=30_524, cross=True, head=True))
+
+
+def for_384_pixels(params: Params) -> dict[str, Any]:
+    """A captioner's parameters for pictures of 384 pixels, from those for 224: `vit.for_384_pixels` of its vision."""
+    return dict(params) | {"vision": vit.for_384_pixels(params["vision"])}

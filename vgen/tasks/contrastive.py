@@ -128,6 +128,10 @@ class Contrastive:
             kept = {"keep": random_masking(noise, self.mask_ratio).keep}
         image = self.encode_image(params, batch["image"], **kept, **(kwargs if self._has_dropout() else {}))
         text = self.encode_text(params, batch["text"], batch["text_mask"], **kwargs)
+        return {"main": self.match(params, image, text)}
+
+    def match(self, params: Params, image: Float[Array, "b d"], text: Float[Array, "b d"]) -> Loss:
+        """InfoNCE of unit vectors, with the metrics of `losses`."""
         scale = self.scale(params)
         logits = scale * jnp.dot(image, text.T, preferred_element_type=jnp.promote_types(image.dtype, jnp.float32))
         truth = jnp.arange(len(logits))
@@ -136,7 +140,7 @@ class Contrastive:
             "caption_accuracy": (logits.argmax(1) == truth).mean(),
             "image_accuracy": (logits.argmax(0) == truth).mean(),
         }
-        return {"main": Loss(info_nce(logits), found)}
+        return Loss(info_nce(logits), found)
 
     def _has_dropout(self) -> bool:
         return hasattr(self.network.visual, "vit")
