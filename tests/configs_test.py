@@ -67,7 +67,14 @@ def test_every_scale_builds(path):
     assert module["get_config"]() == module["get_config"]("mini")
 
 
-@every_config
+# Of systems whose stages are those of another one, but for a setting that the tests of their task look at.
+ALIKE = ("a_clip", "flip", "blip", "pixart")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem in ALIKE else (), id=path.stem) for path in CONFIGS],
+)
 def test_two_steps_of_every_stage(path, tiny_runs):
     run = tiny_runs(path)
     for name in run.stages:

@@ -210,7 +210,7 @@ def test_every_task_gives_the_losses_of_one_device():
         assert loss <= 1e-5 and gradient <= 1e-5 and split > 0, name
 
 
-@pytest.mark.parametrize("name", ["toy", "muse"])
+@pytest.mark.parametrize("name", ["toy", pytest.param("muse", marks=pytest.mark.slow)])
 def test_eight_devices_give_the_losses_of_one(name):
     report = on_8_devices(name)
     assert report["devices"] == 8 and len(set(report["losses"])) > 1

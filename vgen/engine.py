@@ -28,9 +28,10 @@ class Annotate:
     """Masks for scenes; called with a `vgen.stages.Run` it gives (examples, report).
 
     An annotator has a budget of time for each picture, in clicks, and takes the objects from the largest down, those
-    left out that have a mask already.  To find one costs `search`.  Then it is clicked at most `clicks` times, until
-    the network's mask has an IoU of `good` with it; otherwise, or without a network, it is drawn by hand, which costs
-    `brush` more and gives the true mask.  What would cost more than is left is not begun.
+    left out that have a mask already.  To find one costs `search`.  Where at most `clicks` clicks give a mask of the
+    network with an IoU of `good` with it, that mask is taken; elsewhere, which an annotator sees at once, and without a
+    network it is drawn by hand, which costs `brush` and gives the true mask.  What would cost more than is left is not
+    begun.
 
     world: arguments of World.  size: pixels.  pictures: how many; scene_seed: of which scenes.
     model: the stage whose network helps, "" for none.  automatic: arguments of Automatic, of masks that are there ahead
@@ -109,8 +110,8 @@ class Annotate:
                 continue
             drawn = [] if tries is None else list(tries[:, i])
             good = next((k for k, mask in enumerate(drawn) if matched(true[i : i + 1], mask[None], self.good)[0]), None)
-            clicks = len(drawn) if good is None else good + 1
-            cost = self.search + clicks + (self.brush if good is None else 0)
+            clicks = 0 if good is None else good + 1
+            cost = self.search + (self.brush if good is None else clicks)
             if cost > left:
                 continue
             left -= cost

@@ -10,6 +10,7 @@ from vgen.bench.__main__ import main
 from vgen.stages import Run
 
 
+@pytest.mark.slow
 def test_a_budget_buys_every_network_the_same_flops(tmp_path):
     run = Run(curves.config("mini", dict.fromkeys(curves.FOLDERS, 1)), tmp_path)
     each = {name: curves.flops(run, folder) for name, folder in curves.FOLDERS.items()}

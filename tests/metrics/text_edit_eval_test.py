@@ -229,6 +229,7 @@ def test_prompt_to_prompt_draws_pairs_from_one_noise_by_one_program(measured, mo
     assert np.abs(plain.astype(int) - np.stack(seen[first.caption][0])).max() <= 1
 
 
+@pytest.mark.slow
 def test_panoramas(measured):
     system, study = measured("multidiffusion")
     report = study(system)

@@ -225,7 +225,7 @@ def test_bad_input():
         init(net.clone(null_tokens=5), keep_context=jnp.ones(2, bool))
 
 
-@pytest.mark.parametrize("t, same", [(500.0, True), (100.0, False)])
+@pytest.mark.parametrize("t, same", [pytest.param(500.0, True, marks=pytest.mark.slow), (100.0, False)])
 def test_a_dit_becomes_a_pixart(x64, t, same):
     """Equal without a class at the time of the re-parameterisation, and nowhere else."""
     rng = np.random.default_rng(0)

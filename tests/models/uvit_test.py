@@ -62,6 +62,7 @@ def test_bfloat16_compute():
     assert 1e-5 < error < 0.05, error
 
 
+@pytest.mark.slow
 def test_dropout_is_for_training_alone():
     net = uvit.UVit(**TINY, dropout=0.2, attn_dropout=0.2)
     args = inputs(net)

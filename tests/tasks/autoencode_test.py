@@ -26,7 +26,7 @@ def params_of(task):
     return jax.tree.map(jnp.asarray, draw(task, BATCH))
 
 
-@pytest.mark.parametrize("step", [0, 5])
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_one_backward_pass_equals_plain_differentiation(step):
     """Before the discriminator begins (step 0) and after; the adaptive weight is a constant of the generator's loss."""
     task = Autoencode(model=MODEL, discriminator=DISCRIMINATOR, gan=0.3, gan_start=3, l2=0.5, perceptual=0.0)
