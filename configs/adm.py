@@ -49,17 +49,18 @@ from ml_collections import ConfigDict, FieldReference
 from vgen import recipes
 from vgen.data import scenes
 
-SCALES = ("tiny", "mini", "small", "paper", "imported")
+SCALES = ("tiny", "mini", "guided", "small", "paper", "imported")
 
 PUBLISHED = dict(unet=553_838_086, classifier=54_096_360, fid=10.94, fid_guided=4.59, fid_guided_25_steps=5.44)
 
 
 def get_config(scale: str = "mini") -> ConfigDict:
-    """The config of one scale: tiny (tests), mini (two CPU cores, minutes), small (one accelerator), paper, imported.
+    """The config of one scale: tiny (tests), mini and guided (two CPU cores, minutes), small (one accelerator),
+    paper, imported.
 
     paper trains as published; imported is the published checkpoints.
     """
-    makers = dict(tiny=_tiny, mini=_mini, small=_small, paper=_paper, imported=_imported)
+    makers = dict(tiny=_tiny, mini=_mini, guided=_guided, small=_small, paper=_paper, imported=_imported)
     return recipes.system("adm", scale, makers, PUBLISHED)
 
 
@@ -90,17 +91,21 @@ def _unet(**fields):
 STYLE = dict(in_channels=3, injection="scale_shift", resample="resblock")  # of the published networks
 
 
-def _world(*, size, world, eval_count, net, unet, judge, classifier, knobs, eval_pictures, cached=0, scales=()):
+def _world(
+    *, size, world, eval_count, net, unet, judge, classifier, knobs, eval_pictures, cached=0, scales=(), told=True,
+    **diffuse,
+):  # fmt: skip
     """A class-conditional system on scenes of one object: a class is a colour and a shape.
 
     net, judge: arguments of UNet and of NoisedClassifier.  unet, classifier: of `recipes.train`.  knobs: of sampling.
-    scales: of the classifier, to be measured.
+    scales: of the classifier, to be measured.  told: whether the U-Net knows the class.  diffuse: further arguments of
+    Diffuse.
     """
     classes = len(scenes.classes(scenes.World(**world), "pair"))
     judge = dict(STYLE, **judge, image_size=size, outputs=classes)
+    network = _unet(**STYLE, **net, out_channels=6, num_classes=classes if told else None)
     task = _diffuse(
-        "cosine", network=_unet(**STYLE, **net, out_channels=6, num_classes=classes), size=size, classes=classes,
-        classifier=_classifier(**judge),
+        "cosine", network=network, size=size, classes=classes, classifier=_classifier(**judge), **diffuse
     )  # fmt: skip
     made = recipes.diffusion(
         "unet", task, world=world, eval_count=eval_count, settings=unet, labels="pair", cached=cached
@@ -132,16 +137,22 @@ def _tiny():
     )  # fmt: skip
 
 
-def _mini():
+def _mini(**kwargs):
+    """Of v where the paper has eps: told by eps, the shade of a background is a hundredth of the highest noise."""
     return _world(
-        size=32, world=recipes.CLASSES, cached=40_000, eval_count=512,
+        size=32, world=recipes.CLASSES, cached=40_000, eval_count=512, prediction="v",
         net=dict(widths=(32, 64, 96), attention=(0, 0, 1), blocks=1, head_dim=32, groups=8),
         unet=dict(steps=1300, batch=16, lr=2e-3, optim=dict(name="muon")),
         judge=dict(widths=(16, 32, 64), attention=(0, 0, 1), blocks=1, head_dim=32, groups=8),
         classifier=dict(steps=1000, batch=32, lr=2e-3),
         knobs=dict(batch_size=66, steps=25, classifier_scale=2.0, strength=0.6), eval_pictures=264,
-        scales=(1.0, 4.0, 8.0),
+        scales=(1.0, 4.0, 8.0), **kwargs,
     )  # fmt: skip
+
+
+def _guided():
+    """The paper's other study (table 4): a U-Net that is told no class, which the classifier alone brings in."""
+    return _mini(told=False)
 
 
 def _small():

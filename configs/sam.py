@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 
 from vgen import recipes
 
-SCALES = ("tiny", "mini", "engine", "small", "paper")
+SCALES = ("tiny", "mini", "text", "engine", "small", "paper")
 
 PUBLISHED = dict(
     encoder=dict(base=89_670_912, large=308_278_272, huge=637_026_048), prompts=6_220, decoder=4_058_340,
@@ -43,10 +43,10 @@ PUBLISHED = dict(
 
 
 def get_config(scale: str = "mini") -> ConfigDict:
-    """The config of one scale: tiny (tests), mini and engine (two CPU cores, minutes), small (one accelerator) or
-    paper.
+    """The config of one scale: tiny (tests), mini, text and engine (two CPU cores, minutes), small (one
+    accelerator) or paper.
     """
-    makers = dict(tiny=_tiny, mini=_mini, engine=_engine, small=_small, paper=_paper)
+    makers = dict(tiny=_tiny, mini=_mini, text=_text, engine=_engine, small=_small, paper=_paper)
     return recipes.system("sam", scale, makers, PUBLISHED)
 
 
@@ -72,8 +72,9 @@ def _quality(world, **kwargs):
 
 # ------------------------------------------------------------------------------------------------------ small worlds
 
-# Of mini: one to three objects of four shapes, without textures. A mask pixel is a picture's pixel.
-WORLD = recipes.FREE | dict(max_objects=3)
+# Of mini: one to three objects of four shapes and two sizes, some behind others, without textures. A pixel of a mask
+# is one of the picture.
+WORLD = recipes.FREE | dict(max_objects=3, sizes=("medium", "large"), occlusion=True)
 NET = dict(depth=4, width=128, heads=4, global_layers=(1, 3), patch=4, window=4, channels=96, mask_channels=16,
            decoder_heads=4, decoder_mlp_dim=192, iou_dim=96)  # fmt: skip
 # A network of minutes is less sure of its masks than one of SA-1B: so are the thresholds.
@@ -93,10 +94,34 @@ def _tiny():
 def _mini():
     """Five rounds in the place of eleven: a point or a box, three clicks, and once more without a new one."""
     stage = _stage(
-        size=32, world=WORLD, cached=40_000, eval_count=256, net=NET, task=dict(masks=3, points=3, refinements=1),
-        train=dict(steps=3000, batch=32, lr=1e-3),
+        size=32, world=WORLD, cached=20_000, eval_count=256, net=NET, task=dict(masks=3, points=3, refinements=1),
+        train=dict(steps=1500, batch=16, lr=3e-3, optim=dict(name="muon")),
     )  # fmt: skip
     return dict(stages=dict(sam=stage), order=("sam",), eval=_quality(WORLD, automatic=AUTOMATIC))
+
+
+def _text():
+    """SAM that is told in words what to find: it learns from CLIP's vectors of pictures of objects (appendix D.5).
+
+    CLIP has seen all pairs of colour and shape; a share of them is in no picture of SAM's, and in each that it is
+    measured on.
+    """
+    one = recipes.FREE | dict(max_objects=1, sizes=("medium", "large"), heldout=())
+    clip = recipes.contrastive(
+        "clip", size=32, world=one, cached=40_000, eval_count=256, features=64, text=dict(length=20, vocab_size=512),
+        image=dict(width=96, depth=3, heads=4, mlp_dim=384, patch_size=4, unroll=3),
+        words=dict(width=96, depth=2, heads=4, mlp_dim=384, unroll=2),
+        settings=dict(steps=600, batch=64, lr=2e-3, optim=dict(name="muon")), pictures=256,
+    )  # fmt: skip
+    told = dict(clip=clip["stages"]["clip"]["task"]["network"], clip_size=32)
+    stage = _stage(
+        size=32, world=WORLD, cached=20_000, eval_count=256, net=NET | dict(text_dim=64),
+        task=dict(masks=3, points=2, refinements=0) | told,
+        train=dict(steps=1000, batch=16, lr=3e-3, optim=dict(name="muon")),
+    )  # fmt: skip
+    stage["init"] = dict(clip=dict(stage="clip", part="network"))
+    measure = _quality(WORLD, automatic=AUTOMATIC, texts=True, some=16)
+    return dict(stages=clip["stages"] | dict(sam=stage), order=("clip", "sam"), text=clip["text"], eval=measure)
 
 
 def _engine():
@@ -107,7 +132,7 @@ def _engine():
     automatic: no annotator. Every stage begins with the network of the one before.
     """
     world = recipes.FREE | dict(min_objects=3, max_objects=4)
-    steps = dict(start=700, assisted=700, semi=700, automatic=900)
+    steps = dict(start=400, assisted=400, semi=400, automatic=600)
     sure = AUTOMATIC | dict(predicted_iou=0.92, stability=0.92)
     makers = dict(
         start=dict(pictures=512, budget=6.0),
@@ -119,7 +144,7 @@ def _engine():
     for seed, (name, make) in enumerate(makers.items()):
         stage = _stage(
             size=32, world=world, eval_count=256, net=NET, task=dict(masks=3, points=3, refinements=1),
-            train=dict(steps=steps[name], batch=32, lr=1e-3),
+            train=dict(steps=steps[name], batch=16, lr=3e-3, optim=dict(name="muon")),
         )  # fmt: skip
         stage["make"] = dict(target="vgen.engine:Annotate", world=world, size=32, scene_seed=100 + seed, **make)
         if make.get("model"):

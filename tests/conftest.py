@@ -1,6 +1,7 @@
 """Shared set-up: compiled programs are kept for the session, x64 is opt-in per test, and one small trained run."""
 
 import contextlib
+import gc
 import hashlib
 import os
 import runpy
@@ -90,3 +91,65 @@ def tiny_runs():
 def tiny_run(tiny_runs):
     """configs/muse.py:tiny, trained for two steps a stage, drawn and measured by the command line: a `stages.Run`."""
     return tiny_runs(ROOT / "configs" / "muse.py")
+
+
+# Variants of what another test of the family holds already, each of which compiles for long: `-m slow` runs them.
+TOLD_TWICE = tuple(
+    """
+    bench/bf16_test.py::test_bfloat16[SAM]
+    bench/bf16_test.py::test_bfloat16[dVAE]
+    bench/bf16_test.py::test_bfloat16[KL autoencoder]
+    bench/bf16_test.py::test_bfloat16[VQ-GAN decoder]
+    bench/bf16_test.py::test_bfloat16[VQ-GAN encoder]
+    bench/compile_test.py::test_every_case_can_be_called[Stable Diffusion XL U-Net]
+    bench/compile_test.py::test_every_case_can_be_called[Stable Diffusion 2.1 U-Net]
+    configs_test.py::test_two_steps_of_every_stage[amused]
+    configs_test.py::test_two_steps_of_every_stage[stable_diffusion]
+    convert/amused_test.py::test_against_diffusers_in_float32[odd]
+    convert/load_test.py::test_memory_is_the_model_and_little_more[bfloat16-1]
+    convert/load_test.py::test_memory_is_the_model_and_little_more[float32-8]
+    convert/lora_unet_test.py::test_diffusers_in_and_out[sdxl
+    convert/sam_test.py::test_against_transformers_in_float32[windows that do not divide the map]
+    convert/unet_diffusers_test.py::test_against_diffusers_in_float32[sdxl]
+    convert/vqgan_test.py::test_against_diffusers[as aMUSEd-float32
+    layers/transformer_test.py::test_dropout_needs_train
+    layers/transformer_test.py::test_tokens_may_come_in_blocks[blocks1
+    metrics/text_edit_eval_test.py::test_guidance
+    models/blip_test.py::test_gradients_reach_all_parameters
+    models/clip_test.py::test_resnet_float32_and_image_size
+    models/inception_test.py::test_other_sizes_without_resizing_against_torch
+    models/pixart_test.py::test_layers_count_through_both_stacks[2]
+    models/qformer_test.py::test_learned_queries_and_gradients
+    models/sam_test.py::test_gradients_reach_all_but_the_gaussian
+    models/unet_test.py::test_half_precision
+    models/unet_test.py::test_recomputation
+    models/uvit_test.py::test_bfloat16_compute
+    models/uvit_test.py::test_every_parameter_gets_a_gradient
+    models/vit_test.py::test_it_trains_with_everything_on
+    models/vqgan_test.py::test_every_parameter_gets_a_gradient[taming]
+    models/vqgan_test.py::test_remat_changes_nothing
+    tasks/amused_test.py::test_the_same_tokens_and_pictures_as_the_pipeline[prompts1
+    tasks/amused_test.py::test_the_same_tokens_and_pictures_as_the_pipeline[prompts2
+    tasks/autoencode_test.py::test_one_backward_pass_equals_plain_differentiation[0]
+    tasks/autoencode_test.py::test_relaxed_tokens_are_trained_by_the_bound[0
+    tasks/autoencode_test.py::test_relaxed_tokens_are_trained_by_the_bound[999
+    tasks/autoregressive_test.py::test_the_loss_starts_near_uniform_and_reaches_the_network_alone[classes]
+    tasks/autoregressive_test.py::test_the_loss_starts_near_uniform_and_reaches_the_network_alone[nothing]
+    tasks/segment_test.py::test_remat_is_of_the_rounds
+    tasks/tokens_test.py::test_loss_starts_near_uniform_and_training_text_matters[superres]
+    """.strip().split("\n    ")
+)  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(TOLD_TWICE):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish(session):
+    """What has been imported stays: a collector that looks through it again and again takes a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)

@@ -155,3 +155,31 @@ def test_overlap_and_shrinking():
     assert sam_prompt.shrunk(jnp.asarray(mask), 2).tolist() == [[True, False], [False, False]]
     with pytest.raises(ValueError, match="do not shrink to 3"):
         sam_prompt.shrunk(jnp.asarray(mask), 3)
+
+
+# ------------------------------------------------------------------------------------------------- pictures of objects
+
+
+def test_crops_are_squares_about_boxes():
+    """As wide as the longer side times a factor, 0 outside of the picture and, alone, outside of the mask."""
+    image = np.random.default_rng(0).standard_normal((1, 16, 16, 3))
+    masks = np.zeros((1, 3, 8, 8), bool)  # half of the picture's size
+    masks[0, 0, 1:3, 2:4], masks[0, 1, 6:, 6:] = True, True
+    boxes = sam_prompt.boxes_of(jnp.asarray(masks.repeat(2, 2).repeat(2, 3)))
+    cut = lambda wider, alone, size: np.asarray(
+        sam_prompt.crops(
+            jnp.asarray(image, jnp.float32), jnp.asarray(masks), boxes, jnp.full((1, 3), wider),
+            jnp.full((1, 3), alone), size,
+        )
+    )  # fmt: skip
+    same = cut(1.0, False, 4)
+    np.testing.assert_allclose(same[0, 0], image[0, 2:6, 4:8], atol=1e-6)
+    np.testing.assert_allclose(same[0, 1], image[0, 12:, 12:], atol=1e-6)
+    wide = cut(2.0, False, 8)
+    np.testing.assert_allclose(wide[0, 0], image[0, 0:8, 2:10], atol=1e-6)
+    np.testing.assert_allclose(wide[0, 1, :6, :6], image[0, 10:, 10:], atol=1e-6)
+    assert not wide[0, 1, 6:].any() and not wide[0, 1, :, 6:].any()
+    alone = cut(2.0, True, 8)[0, 0]
+    assert not alone[[0, -1]].any() and not alone[:, [0, -1]].any()
+    np.testing.assert_allclose(alone[3:5, 3:5], image[0, 3:5, 5:7], atol=1e-6)
+    assert np.isfinite(cut(1.5, True, 8)).all()  # of no object too

@@ -1,5 +1,8 @@
 """The task of SAM: its losses against transformers' in float64, rounds written out, clicks that stop, bad input."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,8 @@ import pytest
 
 from tests.convert.tables import quick  # noqa: F401  a fixture
 from vgen.data.scenes import Scenes
+from vgen.metrics import segment_eval
+from vgen.models.clip import CLIP, ImageTower, TextTower, clip_vit
 from vgen.models.sam import SAM
 from vgen.models.sam_decoder import Masks
 from vgen.tasks.segment import Segment, Truth, dice_loss, focal_loss
@@ -196,6 +201,41 @@ def test_which_masks_are_learned():
     for a, b in zip(small._replace(boxes=small.boxes[:, :5]), large._replace(boxes=large.boxes[:, :5])):
         np.testing.assert_array_equal(a, b)  # but for the box of none
     assert small.boxes[0, 1].tolist() == [0, 8, 31, 15]
+
+
+# --------------------------------------------------------------------------------------------------- told by a CLIP
+
+SEEN = CLIP(
+    ImageTower(clip_vit(width=8, depth=1, heads=2, mlp_dim=8, patch_size=4, image_size=8), 6),
+    TextTower(width=8, depth=1, heads=2, mlp_dim=8, vocab=11, length=5, features=6, eos=1),
+)
+TOLD = Segment(NET.clone(text_dim=6), masks=2, points=1, refinements=0, clip=SEEN, clip_size=8, told=0.5)
+
+
+def test_what_clip_says_takes_the_place_of_the_first_prompt():
+    """Of half of the objects: no point and no box, the vector alone; later rounds add clicks to it.  CLIP is frozen."""
+    params = jax.jit(TOLD.init)(KEY, BATCH)
+    truth = TOLD.truth(BATCH["masks"], KEY)
+    prompt, said = TOLD._say(params, BATCH["image"], truth, TOLD.first_prompt(truth, KEY), KEY)
+    told, labels = np.asarray(said["told"]), np.asarray(prompt.labels)
+    assert told.any() and not told.all()
+    assert (labels[told] == [-1, -2, -2, -2]).all() and ((labels[~told] >= 0).sum(-1) > 0).all()
+    np.testing.assert_allclose(np.linalg.norm(said["text"], axis=-1), 1, rtol=1e-5)
+    tiny = dataclasses.replace(TOLD, least=1.0)
+    assert not tiny._say(params, BATCH["image"], truth, prompt, KEY)[1]["told"].any()
+
+    loss, grads = jax.jit(jax.value_and_grad(lambda p: loss_of(TOLD, p).value))(params)
+    assert np.isfinite(loss) and not any(np.any(leaf) for leaf in jax.tree.leaves(grads["clip"]))
+    assert np.abs(grads["network"]["text"]["kernel"]).max() > 0
+    assert not any(re.fullmatch(pattern, "clip/logit_scale") for pattern in TOLD.groups.values())
+
+    words = TOLD.words_of(params, jnp.array([[4, 5, 1, 0, 0], [6, 1, 0, 0, 0]]))
+    apart = segment_eval.by_words(TOLD, params, BATCH["image"], BATCH["masks"][:, :2], words[None].repeat(4, 0))
+    assert apart.shape == (4, 2, 2) and ((apart >= 0) & (apart <= 1)).all()
+    with pytest.raises(ValueError, match="text_dim must be the CLIP's number of features .* text_dim=0, features=6"):
+        Segment(NET, clip=SEEN)
+    with pytest.raises(ValueError, match="text_dim must be .* text_dim=6, features=0"):
+        Segment(NET.clone(text_dim=6))
 
 
 # --------------------------------------------------------------------------------------------- bad input, and learning

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vgen import trees
+from vgen.data.scene_text import Claims, Thing, write
 from vgen.data.scenes import Scenes, World, classes
 from vgen.metrics import probe, retrieval
 from vgen.models.clip import unit
@@ -60,9 +61,7 @@ class ClipQuality:
         words = lambda texts: encoded(task.encode_text, params, *text(list(texts)))
         one = dataclasses.replace(world, min_objects=1, max_objects=1)
         pairs = classes(one, "pair")
-        weights = [
-            words(t.format(f"{'an' if c[0] in 'aeiou' else 'a'} {c} {s}") for c, s in pairs) for t in self.templates
-        ]
+        weights = [words(write(Claims((Thing(*pair),)), template) for pair in pairs) for template in self.templates]
         weights = np.asarray(unit(jnp.asarray(np.mean(weights, 0))))
         scores: dict[str, Any] = {}
         for split, name in (("heldout", ""), ("train", "_training_pairs")):

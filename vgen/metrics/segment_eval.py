@@ -12,7 +12,8 @@ from jaxtyping import Bool, UInt8
 
 from vgen import trees
 from vgen.automatic_masks import Automatic, generate
-from vgen.data.scenes import Scenes, World
+from vgen.data.scene_text import Claims, Thing, write
+from vgen.data.scenes import Scenes, World, scene
 from vgen.models import sam_prompt
 
 COLOURS = np.array([(230, 25, 75), (60, 180, 75), (0, 130, 200), (255, 200, 25), (145, 30, 180), (70, 240, 240)])
@@ -101,6 +102,18 @@ def matched(truth: Bool[np.ndarray, "n h w"], found: Bool[np.ndarray, "m h w"], 
     return int(agree.any(1).sum()), int(agree.any(0).sum())
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def by_words(task, params, image, masks, words) -> jax.Array:
+    """IoU float32 [b, n, n] of objects (down) by the mask found for words (across), of three the one liked best.
+
+    image: uint8 [b, size, size, 3].  masks: bool [b, n, size, size].  words: unit vectors [b, n, d].
+    """
+    embedding, truth = task.encode(params, image), jnp.asarray(masks, bool)
+    out = task.decode(params, embedding, sam_prompt.no_prompt(truth.shape[:2], 0), text=words)
+    found = sam_prompt.full_size(_liked(out), image.shape[1]) > 0
+    return sam_prompt.iou(truth[:, :, None], found[:, None])
+
+
 @dataclasses.dataclass(frozen=True)
 class SegmentQuality:
     """Scores {"interactive", "automatic_masks"} of a trained `vgen.tasks.segment.Segment` on held-out scenes.
@@ -108,7 +121,10 @@ class SegmentQuality:
     interactive: see `means`.  automatic_masks: recall, the share of objects that some automatic mask agrees with at an
     IoU of at least `threshold`; precision, the share of masks that agree with an object; masks and objects per picture.
     world: arguments of World; the scenes have the seed `scene_seed`.  pictures: looked at by clicks; some: of them,
-    those masked automatically.  automatic: arguments of `vgen.automatic_masks.Automatic`.
+    those masked automatically.
+    texts: also "text", of a network that is told words by a CLIP: mean IoU of objects by "a red circle" alone, among
+    those of which there is one such in a picture of several, and of the same by the words for another object there.
+    automatic: arguments of `vgen.automatic_masks.Automatic`.
     """
 
     world: dict[str, Any]
@@ -120,6 +136,7 @@ class SegmentQuality:
     scene_seed: int = 1
     split: str = "heldout"
     stage: str = "sam"
+    texts: bool = False
 
     def __post_init__(self):
         Automatic(**self.automatic)  # or ValueError
@@ -141,11 +158,29 @@ class SegmentQuality:
             )
             rows.append({name: np.asarray(value)[:new] for name, value in row.items()})
         scores = {"interactive": means(rows), "automatic_masks": self._automatic(task, params, examples[: self.some])}
+        if self.texts:
+            scores["text"] = self._texts(task, params, source, run.text_tokenizer())
         protocol = {
             "pictures": self.pictures, "some": self.some, "scene_seed": self.scene_seed, "split": self.split,
             "threshold": self.threshold, "automatic": dataclasses.asdict(Automatic(**self.automatic)),
         }  # fmt: skip
         return {"protocol": protocol, "scores": scores}
+
+    def _texts(self, task, params, source: Scenes, tokenizer) -> dict[str, float]:
+        encode, right, other = jax.jit(task.words_of), [], []
+        for i in range(self.pictures):
+            example, things = source[i], scene(source.world, i, task.size, self.split)["objects"]
+            told = [write(Claims((Thing(thing.colour, thing.shape),))) for thing in things]
+            room = source.world.max_objects - len(told)
+            words = encode(params, *tokenizer([*told, *told[-1:] * room]))
+            scores = np.asarray(by_words(task, params, example["image"][None], example["masks"][None], words[None]))[0]
+            for j, text in enumerate(told):
+                if len(told) > 1 and told.count(text) == 1:
+                    right.append(scores[j, j])
+                    other.append(scores[j, (j + 1) % len(told)])
+        return {
+            "iou": float(np.mean(right)), "iou_by_the_words_for_another": float(np.mean(other)), "objects": len(right)
+        }  # fmt: skip
 
     def _automatic(self, task, params, examples) -> dict[str, float]:
         network, settings = task.predictor(params), Automatic(**self.automatic)
@@ -155,7 +190,7 @@ class SegmentQuality:
             found = generate(network, each["image"], settings)
             masks = np.stack([mask.segmentation for mask in found]) if found else np.zeros((0, *true.shape[1:]), bool)
             counts += (*matched(true, masks, self.threshold), len(true), len(masks))
-        hit, right, true, made = counts
+        hit, right, true, made = counts.tolist()
         return {
             "recall": hit / max(true, 1), "precision": right / max(made, 1), "masks_per_picture": made / len(examples),
             "objects_per_picture": true / len(examples),

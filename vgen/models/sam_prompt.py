@@ -8,6 +8,7 @@ Points are (x, y) in pixels, (0, 0) being the centre of the first one; boxes (x0
 last pixel inside, as those of the authors' code.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -167,6 +168,28 @@ def jittered(
     sides = jnp.tile(boxes[..., 2:] - boxes[..., :2] + 1, 2)
     noise = jnp.clip(share * sides * jax.random.normal(key, boxes.shape), -most, most)
     return jnp.clip(boxes + noise, 0, size - 1)
+
+
+def crops(
+    images: Float[Array, "b h w 3"], masks: Bool[Array, "b p m m"], boxes: Float[Array, "b p 4"],
+    wider: Float[Array, "b p"], alone: Bool[Array, "b p"], size: int,
+) -> Float[Array, "b p size size 3"]:  # fmt: skip
+    """Squares about boxes, resized: each `wider` times as wide as the longer side of its box (Kirillov et al. 2023,
+    appendix D.5).  What is outside of the picture is 0, and what is outside of the mask where the object is `alone`.
+    """
+    middle = (boxes[..., :2] + boxes[..., 2:] + 1) / 2
+    zoom = size / (jnp.maximum(*jnp.moveaxis(boxes[..., 2:] - boxes[..., :2] + 1, -1, 0)) * wider)
+
+    def cut(x, middle, zoom, shrink):
+        scale = jnp.broadcast_to(zoom * shrink, 2)
+        shape = (size, size, *x.shape[2:])
+        shift = size / 2 - middle[::-1] * zoom  # y, x
+        return jax.image.scale_and_translate(x, shape, (0, 1), scale, shift, "linear")
+
+    of_mask = jax.vmap(jax.vmap(functools.partial(cut, shrink=images.shape[1] / masks.shape[-1])))
+    of_picture = jax.vmap(jax.vmap(functools.partial(cut, shrink=1.0), (None, 0, 0)))
+    inside = of_mask(masks.astype(images.dtype), middle, zoom)
+    return of_picture(images, middle, zoom) * jnp.where(alone[..., None, None], inside, 1)[..., None]
 
 
 def full_size(logits: Float[Array, "*b h w"], size: int) -> Float[Array, "*b size size"]:

@@ -13,9 +13,11 @@ from jaxtyping import Array, Float
 
 from vgen.automatic_masks import Predictor, predictor
 from vgen.data import images as image_ops
+from vgen.data.preprocess import CLIP as CLIP_PREPROCESS
 from vgen.data.preprocess import IMAGENET, Preprocess
 from vgen.metrics import segment_eval
 from vgen.models import sam_prompt
+from vgen.models.clip import CLIP, unit
 from vgen.models.sam import SAM
 from vgen.models.sam_decoder import Masks
 from vgen.types import Batch, Context, Loss, Params
@@ -68,8 +70,15 @@ class Segment:
     boxes: how often the first prompt is a box.  largest: masks of a larger share of the picture are left out.
     remat: compute a round's activations again in the backward pass: memory of one round in the place of all.
     mean, std: of the pictures' channels in [0, 1], which the network gets normalised.
+    clip: a CLIP, frozen, whose unit vector of a picture of the object takes the place of the first prompt for a share
+      `told` of the objects (appendix D.5); a text by the same CLIP can stand there afterwards.  The network has its
+      number of features as text_dim.  clip_size: pixels of what it sees, the square about the object's box, widened by
+      1 to 2, and half of the time without what is outside of the mask.  Objects of less than a share `least` of the
+      picture are told by none.  Unlike the paper's, the CLIP looks at all of its picture.
+    clip_mean, clip_std: as mean and std.
 
-    Parameters: network.  Raises ValueError for masks that do not shrink to the network's.
+    Parameters: network; clip where there is one.  Raises ValueError for masks that do not shrink to the network's, and
+    for a network whose text_dim is not that of the CLIP.
     """
 
     network: SAM
@@ -86,6 +95,12 @@ class Segment:
     remat: bool = False
     mean: tuple[float, float, float] = IMAGENET["mean"]
     std: tuple[float, float, float] = IMAGENET["std"]
+    clip: CLIP | None = None
+    clip_size: int = 224
+    told: float = 0.5
+    least: float = 0.0
+    clip_mean: tuple[float, float, float] = CLIP_PREPROCESS.mean
+    clip_std: tuple[float, float, float] = CLIP_PREPROCESS.std
 
     groups = {"main": r"network/.*"}
     buffers = r"network/prompt_encoder/gaussian"  # drawn once
@@ -95,6 +110,12 @@ class Segment:
             raise ValueError(
                 f"Segment: masks must be at least 1, points and refinements 0 or more, boxes in [0, 1], got "
                 f"masks={self.masks}, points={self.points}, refinements={self.refinements}, boxes={self.boxes}"
+            )
+        features = self.clip.text.features if self.clip is not None else 0
+        if self.network.text_dim != features or not 0 <= self.told <= 1:
+            raise ValueError(
+                f"Segment: the network's text_dim must be the CLIP's number of features (0 without one) and told in "
+                f"[0, 1], got text_dim={self.network.text_dim}, features={features}, told={self.told}"
             )
 
     @property
@@ -112,7 +133,12 @@ class Segment:
 
     def init(self, key, batch: Batch) -> Params:
         prompt = sam_prompt.no_prompt((1, 1), 1)
-        return {"network": self.network.init(key, self.pixels(batch["image"][:1]), *prompt, slots=True)["params"]}
+        params = {"network": self.network.init(key, self.pixels(batch["image"][:1]), *prompt, slots=True)["params"]}
+        if self.clip is not None:
+            size, length = self.clip_size, self.clip.text.length
+            seen = jnp.zeros((1, size, size, 3)), jnp.zeros((1, length), jnp.int32)
+            params["clip"] = self.clip.init(jax.random.fold_in(key, 1), *seen)["params"]
+        return params
 
     def encode(self, params: Params, image) -> Float[Array, "b h w c"]:
         """Embeddings of uint8 pictures, good for any number of prompts."""
@@ -157,6 +183,37 @@ class Segment:
         place = self.to_picture(sam_prompt.drawn_place(keys[2], truth.masks))
         return sam_prompt.with_click(prompt, place, jnp.ones(shape, bool), ~boxed)
 
+    def words_of(self, params: Params, text, text_mask=None) -> Float[Array, "t d"]:
+        """Unit vectors of tokens int [t, n]: prompts, as `decode` takes them by `text`."""
+        return unit(self.clip.apply({"params": params["clip"]}, text, text_mask, method="encode_text").features)
+
+    def sight_of(self, params: Params, image, truth: Truth, key=None) -> Float[Array, "b p d"]:
+        """Unit vectors of the objects' pictures: see `clip`; without a key of those 1.5 times as wide, not cut out."""
+        wider, alone = jnp.full(truth.valid.shape, 1.5), jnp.zeros(truth.valid.shape, bool)
+        if key is not None:
+            wide_key, alone_key = jax.random.split(key)
+            wider = jax.random.uniform(wide_key, wider.shape, minval=1.0, maxval=2.0)
+            alone = jax.random.bernoulli(alone_key, 0.5, alone.shape)
+        pixels = image_ops.standardise(image, self.clip_mean, self.clip_std)
+        seen = sam_prompt.crops(pixels, truth.masks, truth.boxes, wider, alone, self.clip_size)
+        seen = seen.reshape(-1, *seen.shape[2:])
+        features = self.clip.apply({"params": params["clip"]}, seen, method="encode_image").features
+        return jax.lax.stop_gradient(unit(features)).reshape(*wider.shape, -1)
+
+    def _say(self, params, image, truth: Truth, prompt: sam_prompt.Slots, key):
+        """(the first prompts, without those that the CLIP takes the place of; what `decode` is told besides)."""
+        if self.clip is None:
+            return prompt, {}
+        choose, key = jax.random.split(key)
+        told = truth.masks.mean((-2, -1), dtype=jnp.float32) >= self.least
+        told &= jax.random.bernoulli(choose, self.told, told.shape)
+        none = sam_prompt.no_prompt(told.shape, prompt.labels.shape[-1] - sam_prompt.BOX_SLOTS)
+        prompt = sam_prompt.Slots(
+            jnp.where(told[..., None, None], none.points, prompt.points),
+            jnp.where(told[..., None], none.labels, prompt.labels),
+        )
+        return prompt, dict(text=self.sight_of(params, image, truth, key), told=told)
+
     def to_picture(self, xy):
         """Places in the network's masks in pixels of the picture."""
         return (xy + 0.5) * (self.size / self.side) - 0.5
@@ -182,7 +239,8 @@ class Segment:
         choose, begin, quiet, click = jax.random.split(key, 4)
         truth, embedding = self.truth(batch["masks"], choose), self.encode(params, batch["image"])
         prompt = self.first_prompt(truth, begin)
-        loss, logits, first = self.loss_of(self.decode(params, embedding, prompt), truth)
+        prompt, said = self._say(params, batch["image"], truth, prompt, jax.random.fold_in(begin, 1))
+        loss, logits, first = self.loss_of(self.decode(params, embedding, prompt, **said), truth)
         rounds = self.points + self.refinements
         if not rounds:
             return {"main": Loss(loss, self._told(first, first, first))}
@@ -192,7 +250,7 @@ class Segment:
             fresh, key = row
             xy, inside, wrong = sam_prompt.correction(truth.masks, logits > 0, key)
             prompt = sam_prompt.with_click(prompt, self.to_picture(xy), inside, fresh & wrong)
-            out = self.decode(params, embedding, prompt, logits, multimask=False)
+            out = self.decode(params, embedding, prompt, logits, multimask=False, **said)
             loss, logits, metrics = self.loss_of(out, truth)
             return (prompt, logits), (loss, metrics)
 
