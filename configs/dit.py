@@ -66,11 +66,15 @@ def _diffuse(**kwargs):
 # ------------------------------------------------------------------------------------------------------ small worlds
 
 
-def _world(*, size, world, eval_count, net, dit, knobs, eval_pictures, vae=None, autoencoder=None, cached=0, scales=()):
+def _world(
+    *, size, world, eval_count, net, dit, knobs, eval_pictures, vae=None, autoencoder=None, cached=0, scales=(),
+    **diffuse,
+):  # fmt: skip
     """A class-conditional system on scenes of one object: a class is a colour and a shape.
 
     net: arguments of DiT.  dit: of `recipes.train`.  vae: of AutoencoderKL, None for patches of pixels.  autoencoder:
-    settings of `recipes.autoencoder`.  knobs: of sampling.  scales: of guidance, to be measured.
+    settings of `recipes.autoencoder`.  knobs: of sampling.  scales: of guidance, to be measured.  diffuse: further
+    arguments of Diffuse.
     """
     classes = len(scenes.classes(scenes.World(**world), "pair"))
     channels = vae["latent_channels"] if vae else 3
@@ -80,7 +84,7 @@ def _world(*, size, world, eval_count, net, dit, knobs, eval_pictures, vae=None,
         sample_size=size // per_latent, **net,
     )  # fmt: skip
     stages = recipes.diffusion(
-        "dit", _diffuse(network=network, size=size, classes=classes), world=world, eval_count=eval_count,
+        "dit", _diffuse(network=network, size=size, classes=classes, **diffuse), world=world, eval_count=eval_count,
         settings=dit, vae=vae, autoencoding=autoencoder, labels="pair", cached=cached,
     )  # fmt: skip
     return dict(
@@ -100,11 +104,12 @@ def _tiny():
 
 
 def _mini():
+    """Of v where the paper has eps, as in configs/adm.py."""
     return _world(
-        size=32, world=recipes.CLASSES, cached=40_000, eval_count=512,
+        size=32, world=recipes.CLASSES, cached=40_000, eval_count=512, prediction="v",
         vae=recipes.KL["mini"], autoencoder=recipes.AUTOENCODING["mini"],
         net=dict(depth=6, width=192, heads=6, patch_size=1),
-        dit=dict(steps=3000, batch=32, lr=1e-3),
+        dit=dict(steps=2600, batch=32, lr=2e-3, optim=dict(name="muon")),
         knobs=dict(batch_size=64, steps=50, guidance_scale=2.0, strength=0.6), eval_pictures=240, scales=(1.5, 4.0),
     )  # fmt: skip
 

@@ -31,9 +31,13 @@ Published numbers
   in 256.  ImageNet 512: 7.32 in 12.  The repository's own: 6.06 and 7.32.  Tokenizers: rFID 2.28 and 1.97.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
-  Rows of eval.json: generator, generator_guidance_off, <schedule>_steps_<n>, outpaint, inpaint, replace; scene_exact is
-  the class accuracy, whose goal at mini is 0.9.
+  mini, 22 minutes of one CPU core beside other work.  Held-out scenes: PSNR 28.7 dB, 0.71 of the codes used.  Class
+  accuracy (`scene_exact`: the object asked for and nothing else) of 264 pictures, 11 of a class, seed 0, 16 steps at
+  temperature 0.8 of which half find tokens again: 0.909, with guidance off 0.917.  Such second thoughts are not in the
+  paper; in its 12 steps at temperature 1 it is 0.72.  Edits of 64: outpaint 1.00, inpaint 0.94, replace 0.88, the rest
+  of the picture kept to 51, 59, 59 dB.
+  120 pictures by schedule, without second thoughts, in 4, 8, 12 steps: cosine 0.24, 0.63, 0.73; linear 0.08, 0.32,
+  0.43; square 0.26, 0.68, 0.73; cubic 0.48, 0.73, 0.78; arccos 0.13, 0.46, 0.53.
 """
 
 from ml_collections import ConfigDict, FieldReference
@@ -65,10 +69,9 @@ def _task(**fields):
     return dict(target="vgen.tasks.tokens:MaskedTokens", label_smoothing=0.1, max_steps=16, **fields)
 
 
-def _knobs(batch_size, steps=12, **more):
-    return recipes.generate(
-        "generator", batch_size=batch_size, steps=steps, temperature=1.0, choice_temperature=4.5, **more
-    )
+def _knobs(batch_size, **knobs):
+    published = dict(steps=12, temperature=1.0, choice_temperature=4.5)
+    return recipes.generate("generator", batch_size=batch_size, **published | knobs)
 
 
 # ------------------------------------------------------------------------------------------------------ small worlds
@@ -125,7 +128,7 @@ def _mini():
         autoencoder=dict(steps=1500, batch=16, lr=3e-3, **recipes.TOKENIZER_LOSSES["mini"]),
         net=dict(depth=4, width=128, heads=4, mlp_dim=512, unroll=4),
         generator=dict(steps=2600, batch=64, lr=2e-3, optim=dict(name="muon")),
-        knobs=dict(batch_size=64), measure=dict(pictures=264, table=120),
+        knobs=dict(batch_size=64, steps=16, temperature=0.8, revise=0.5), measure=dict(pictures=264, table=120),
     )  # fmt: skip
 
 

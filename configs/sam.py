@@ -16,6 +16,8 @@ Commands
   (objects, and masks after one click and three: runs/sam/sam/pictures)
   Mean IoU after one click, three clicks and a box, and recall of automatic masks (metrics/segment_eval.py):
   python -m vgen.main --config=configs/sam.py --workdir=runs/sam --mode=eval
+  Told in words by a CLIP that is trained first, and mean IoU of objects by "a red circle":
+  python -m vgen.main --config=configs/sam.py:text --workdir=runs/sam_text
   The three stages of the data engine, with masks per picture of each:
   python -m vgen.main --config=configs/sam.py:engine --workdir=runs/engine
   SA-1B as published, from its folder of pictures and annotations:
@@ -27,7 +29,14 @@ Published numbers
   with clicks, 72 with confident masks drawn ahead, about 100 automatically.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini (1500 steps of 16; 19 minutes of one CPU core beside other work), 256 held-out pictures of 1 to 3 objects that
+  may hide one another: mean IoU 0.961 after one click, 0.970 after three, 0.962 by a box.  Automatic masks of 64 of
+  them, 8 points a side: recall 0.993 at an IoU of 0.75, precision 0.961, 3.2 masks a picture of 2.1 objects.
+  engine (400, 400, 400, 600 steps; 23 minutes of the same), masks a picture that its stages begin with: 1 drawn by
+  hand, 1.78 by clicks, 4.39 (3.38 of them objects) with confident masks drawn ahead, 5.89 (3.40 objects, of 3.49 that
+  there are) automatically.  The network at its end, which learned from no other masks: 0.904 after one click, 0.913
+  after three; automatic recall 0.974, precision 0.814.
+  text: not trained to its end yet.
 """
 
 from ml_collections import ConfigDict

@@ -30,7 +30,9 @@ Measured numbers
   digits: 70 seconds of one CPU core, evaluation included. Held-out digits: PSNR 24.3 dB, all of the 64 codes used, the
   prior 3.39 bits per token. Of 500 drawn, 50 of each digit, seed 0, guidance 1.5, the 5 nearest real digits take 0.970
   for what was asked (held-out real ones: 0.989); diversity 0.233 (0.273).
-  mini: none yet, it has not been trained to its end.
+  mini, 17 minutes of one CPU core beside other work. Held-out scenes: PSNR 30.8 dB, 0.98 of the 256 codes used,
+  perplexity 75; the prior 0.090 bits per token. Of 264 pictures, 11 of a class, seed 0: 0.932 show the object asked
+  for and nothing else (guidance 1.5), 0.920 without guidance, 0.167 at 3; diversity 0.271, 0.277, 0.184.
 """
 
 from ml_collections import ConfigDict

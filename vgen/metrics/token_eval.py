@@ -23,7 +23,7 @@ class TokenStudy:
     Class accuracy is `scene_exact`: the share of pictures in which the oracle reads one object of the asked colour and
     shape and nothing else.
     Rows: "<stage>", with the settings of `generate`, and "<stage>_guidance_off"; "<schedule>_steps_<n>" for all
-    `schedules` and `steps` of decoding, with the training left as it was.
+    `schedules` and `steps` of decoding, without second thoughts (`revise`), with the training left as it was.
     "outpaint": scenes whose object is cut by a straight line, its other side found again with the same class;
     "inpaint": the box of the object made anew with the same class; "replace": with another one, which is what the
     oracle is asked for.  kept: PSNR in dB outside of what was made anew.
@@ -60,10 +60,12 @@ class TokenStudy:
             images = draw({"label": labels}, self.seed, **knobs)
             scores[row] = right(images, labels) | diversity(images, labels.tolist())
         labels = labels[: self.table]
+        plain = {"revise": 0.0} if "revise" in system.settings.knobs.get(name, {}) else {}
         for schedule in self.schedules:
             other = sampler(system, told=True, schedule=schedule)
             for steps in self.steps:
-                scores[f"{schedule}_steps_{steps}"] = right(other({"label": labels}, self.seed, steps=steps), labels)
+                images = other({"label": labels}, self.seed, steps=steps, **plain)
+                scores[f"{schedule}_steps_{steps}"] = right(images, labels)
         for row, (truths, masks, labels) in self._edits(world, kinds, system.size).items() if self.edits else ():
             images = draw({"label": labels, "image": truths, "mask": masks}, self.seed)
             kept = psnr(np.where(masks[..., None], truths, images), truths)
