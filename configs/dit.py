@@ -32,8 +32,8 @@ Measured numbers
   pictures, 10 of a class, seed 0, 50 steps, 0.413 show the object asked for and nothing else (colour 0.74; guidance
   2.0), 0.358 without guidance, 0.371 at 1.5, 0.417 at 4; diversity 0.257, 0.261, 0.258, 0.254.  With eps, as published,
   and Adam in 3000 steps it was 0.208.  What is wrong is outlines.
-  Beside a U-Net at equal compute, `python -m vgen.bench curves --workdir=DIR --budget 0.5` (3 TFLOP of gradients each, the same latents, flow and optimiser, told a class): held-out
-  loss at 25, 50, 75, 100 %:
+  Beside a U-Net at equal compute, `python -m vgen.bench curves --workdir=DIR --budget 0.5` (3 TFLOP of gradients each,
+  the same latents, flow and optimiser, told a class): held-out loss at 25, 50, 75, 100 %:
     U-Net  146 steps of 20.6 GFLOP  1.038  0.652  0.559  0.524
     DiT    136 steps of 22.1 GFLOP  1.380  1.112  0.912  0.817
   So early in training, and on latents as local as these, the U-Net is far ahead.
