@@ -28,8 +28,8 @@ Published numbers
   After 400k steps: S/2 68.4, B/2 43.5, L/2 23.3, XL/2 19.5.
 
 Measured numbers
-  mini, 150 s of training for the vae and 2600 steps of 32, 30 minutes of one CPU core beside other work.  Of 240
-  pictures, 10 of a class, seed 0, 50 steps, 0.413 show the object asked for and nothing else (colour 0.74; guidance
+  mini, 34 minutes of one CPU core beside other work, 2600 steps of 32 and evaluation included.  Of 240 pictures, 10 of
+  a class, seed 0, 50 steps, 0.413 show the object asked for and nothing else (colour 0.74; guidance
   2.0), 0.358 without guidance, 0.371 at 1.5, 0.417 at 4; diversity 0.257, 0.261, 0.258, 0.254.  With eps, as published,
   and Adam in 3000 steps it was 0.208.  What is wrong is outlines.
   Beside a U-Net at equal compute, `python -m vgen.bench curves --workdir=DIR --budget 0.5` (3 TFLOP of gradients each,

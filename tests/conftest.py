@@ -93,7 +93,8 @@ def tiny_run(tiny_runs):
     return tiny_runs(ROOT / "configs" / "muse.py")
 
 
-# Variants of what another test of the family holds already, each of which compiles for long: `-m slow` runs them.
+# Tests that compile for long: second variants of a family, bfloat16, recomputation, gradients that reach every
+# parameter of networks held to an oracle elsewhere.  `-m slow` runs them.
 TOLD_TWICE = tuple(
     """
     bench/bf16_test.py::test_bfloat16[SAM]
@@ -148,7 +149,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """What has been imported stays: a collector that looks through it again and again takes a tenth of the time."""
+    """What has been imported stays: a collector that looks through it again and again takes a twentieth of the time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

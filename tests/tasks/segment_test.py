@@ -212,7 +212,7 @@ SEEN = CLIP(
 TOLD = Segment(NET.clone(text_dim=6), masks=2, points=1, refinements=0, clip=SEEN, clip_size=8, told=0.5)
 
 
-def test_what_clip_says_takes_the_place_of_the_first_prompt():
+def test_what_clip_says_takes_the_place_of_the_first_prompt(monkeypatch):
     """Of half of the objects: no point and no box, the vector alone; later rounds add clicks to it.  CLIP is frozen."""
     params = jax.jit(TOLD.init)(KEY, BATCH)
     truth = TOLD.truth(BATCH["masks"], KEY)
@@ -228,6 +228,12 @@ def test_what_clip_says_takes_the_place_of_the_first_prompt():
     assert np.isfinite(loss) and not any(np.any(leaf) for leaf in jax.tree.leaves(grads["clip"]))
     assert np.abs(grads["network"]["text"]["kernel"]).max() > 0
     assert not any(re.fullmatch(pattern, "clip/logit_scale") for pattern in TOLD.groups.values())
+
+    heard, decode = [], Segment.decode
+    monkeypatch.setattr(Segment, "decode", lambda *args, **kw: heard.append("text" in kw) or decode(*args, **kw))
+    jax.eval_shape(lambda p: loss_of(TOLD, p).value, params)
+    assert len(heard) >= 2 and all(heard)  # in the rounds behind the first one too
+    monkeypatch.undo()
 
     words = TOLD.words_of(params, jnp.array([[4, 5, 1, 0, 0], [6, 1, 0, 0, 0]]))
     apart = segment_eval.by_words(TOLD, params, BATCH["image"], BATCH["masks"][:, :2], words[None].repeat(4, 0))

@@ -187,13 +187,11 @@ class Segment:
         """Unit vectors of tokens int [t, n]: prompts, as `decode` takes them by `text`."""
         return unit(self.clip.apply({"params": params["clip"]}, text, text_mask, method="encode_text").features)
 
-    def sight_of(self, params: Params, image, truth: Truth, key=None) -> Float[Array, "b p d"]:
-        """Unit vectors of the objects' pictures: see `clip`; without a key of those 1.5 times as wide, not cut out."""
-        wider, alone = jnp.full(truth.valid.shape, 1.5), jnp.zeros(truth.valid.shape, bool)
-        if key is not None:
-            wide_key, alone_key = jax.random.split(key)
-            wider = jax.random.uniform(wide_key, wider.shape, minval=1.0, maxval=2.0)
-            alone = jax.random.bernoulli(alone_key, 0.5, alone.shape)
+    def sight_of(self, params: Params, image, truth: Truth, key) -> Float[Array, "b p d"]:
+        """Unit vectors of the objects' pictures: see `clip`."""
+        wide_key, alone_key = jax.random.split(key)
+        wider = jax.random.uniform(wide_key, truth.valid.shape, minval=1.0, maxval=2.0)
+        alone = jax.random.bernoulli(alone_key, 0.5, truth.valid.shape)
         pixels = image_ops.standardise(image, self.clip_mean, self.clip_std)
         seen = sam_prompt.crops(pixels, truth.masks, truth.boxes, wider, alone, self.clip_size)
         seen = seen.reshape(-1, *seen.shape[2:])
