@@ -67,7 +67,7 @@ def _mini():
         size=32, world=recipes.FREE, cached=60_000, eval_count=512, features=128, text=dict(length=20, vocab_size=512),
         image=dict(width=128, depth=4, heads=4, mlp_dim=512, patch_size=4, unroll=4),
         words=dict(width=128, depth=2, heads=4, mlp_dim=512, unroll=2), hidden=512, projected=128, area=(0.7, 1.0),
-        settings=dict(steps=1700, batch=128, lr=1e-3), pictures=256,
+        settings=dict(steps=900, batch=128, lr=2e-3, optim=dict(name="muon")), pictures=256,
     )  # fmt: skip
 
 

@@ -91,17 +91,18 @@ def _small_network(mask_ratio, steps, batch):
         size=32, world=recipes.FREE, cached=60_000, eval_count=512, features=128, text=dict(length=20, vocab_size=512),
         image=dict(width=128, depth=4, heads=4, mlp_dim=512, patch_size=4, unroll=4),
         words=dict(width=128, depth=2, heads=4, mlp_dim=512, unroll=2), mask_ratio=mask_ratio,
-        settings=dict(steps=steps, batch=batch, lr=1e-3), tuning=dict(steps=150, batch=128, lr=1e-4), pictures=256,
+        settings=dict(steps=steps, batch=batch, lr=2e-3, optim=dict(name="muon")),
+        tuning=dict(steps=150, batch=128, lr=2e-4, optim=dict(name="muon")), pictures=256,
     )  # fmt: skip
 
 
 def _mini():
     """A step of 192 masked pictures and texts costs about what one of 128 whole ones does: the texts are whole."""
-    return _small_network(0.5, 2300, 192)
+    return _small_network(0.5, 1200, 192)
 
 
 def _mini75():
-    return _small_network(0.75, 2300, 256)
+    return _small_network(0.75, 1200, 256)
 
 
 def _small():

@@ -80,13 +80,14 @@ def _generate(stage, batch_size, guidance, steps=20):
 
 def _world(
     *, size, world, eval_count, net, text, encoder, pixels, alignment, batch_size, guidance, eval_prompts, prompts,
-    vae=None, autoencoder=None, cached=0, scales=(),
+    vae=None, autoencoder=None, cached=0, scales=(), vae_world=None, asked_world=None, **diffuse,
 ):  # fmt: skip
     """Scenes of `size` pixels: first by the class of one object, of pairs that training may see, then by text.
 
     net: arguments of DiT and of PixArt.  encoder: of TextTransformer.  pixels, alignment: of `recipes.train`.
     vae: of AutoencoderKL, None for patches of pixels.  autoencoder: settings of `recipes.autoencoder`.
-    guidance, scales: of guidance, the scale to sample with and those to be measured.
+    guidance, scales: of guidance, the scale to sample with and those to be measured.  vae_world, asked_world: see
+    `recipes.text_unet`.  diffuse: further arguments of Diffuse.
     """
     one = dict(world, max_objects=1)
     classes = len(scenes.classes(scenes.World(**one), "pair"))
@@ -98,13 +99,14 @@ def _world(
     network = dict(
         target="vgen.models.pixart:PixArt", context_width=encoder["width"], null_tokens=text["length"], **shape
     )
-    common = dict(eval_count=eval_count, vae=vae, autoencoding=autoencoder, cached=cached)
+    common = dict(eval_count=eval_count, vae=vae, autoencoding=autoencoder, cached=cached, vae_world=vae_world)
     first = recipes.diffusion(
-        "pixels", _diffuse(network=dit, size=size, classes=classes), world=one, settings=pixels, labels="pair", **common
-    )
+        "pixels", _diffuse(network=dit, size=size, classes=classes, **diffuse), world=one, settings=pixels,
+        labels="pair", **common,
+    )  # fmt: skip
     first["stages"]["pixels"]["evaluate"] = {}  # its held-out classes are those that it has never been told
     second = recipes.diffusion(
-        "alignment", _diffuse(network=network, size=size, text_encoder=reader, train_text=True), world=world,
+        "alignment", _diffuse(network=network, size=size, text_encoder=reader, train_text=True, **diffuse), world=world,
         settings=alignment, **common,
     )  # fmt: skip
     stages = first["stages"] | second["stages"]
@@ -115,7 +117,7 @@ def _world(
         order=(*second["order"][:-1], "pixels", "alignment"),
         text=recipes.bpe(**text),
         generate=_generate("alignment", batch_size, guidance),
-        eval=recipes.scene_eval(world, eval_prompts, off=1.0, scales=scales),
+        eval=recipes.scene_eval(asked_world or world, eval_prompts, off=1.0, scales=scales),
         prompts=prompts,
     )
 
@@ -130,12 +132,14 @@ def _tiny():
 
 
 def _mini():
+    """Of v where the paper has eps, as in configs/adm.py."""
     return _world(
-        size=32, world=recipes.WORLD, cached=60_000, eval_count=512,
-        vae=recipes.KL["mini"], autoencoder=recipes.AUTOENCODING["mini"],
+        size=32, world=recipes.TOLD, vae_world=recipes.FREE, asked_world=recipes.LATTICE, cached=60_000, eval_count=512,
+        vae=recipes.KL["mini"], autoencoder=recipes.AUTOENCODING["mini"], prediction="v",
         net=dict(depth=6, width=192, heads=6, patch_size=1),
-        text=dict(length=20, vocab_size=512), encoder=dict(depth=1, width=128, heads=4, mlp_dim=256),
-        pixels=dict(steps=1000, batch=32, lr=1e-3), alignment=dict(steps=2500, batch=32, lr=1e-3),
+        text=dict(length=20, vocab_size=512), encoder=dict(depth=0, width=128, heads=4, mlp_dim=256),
+        pixels=dict(steps=800, batch=32, lr=2e-3, optim=dict(name="muon")),
+        alignment=dict(steps=2200, batch=32, lr=2e-3, optim=dict(name="muon")),
         batch_size=64, guidance=2.0, scales=(1.5, 3.0, 4.5), eval_prompts=256, prompts=recipes.PROMPTS,
     )  # fmt: skip
 

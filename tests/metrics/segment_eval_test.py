@@ -9,6 +9,8 @@ import pytest
 
 from tests.automatic_masks_test import Colours, flat
 from vgen.config import build
+from vgen.data.scene_draw import PALETTE
+from vgen.data.scenes import Scenes, World, scene
 from vgen.metrics import segment_eval
 from vgen.models.sam_decoder import Masks
 
@@ -100,6 +102,35 @@ def test_automatic_masks_are_counted():
     )
     with pytest.raises(ValueError, match="some must be 1 to pictures=4"):
         segment_eval.SegmentQuality({}, pictures=4, some=5)
+
+
+class Told(Paint):
+    """Masks what is of the colour that it is told: words are that colour's RGB."""
+
+    size = 32
+
+    def words_of(self, params, tokens, mask):
+        return tokens
+
+    def decode(self, params, embedding, prompt, logits=None, multimask=True, text=None):
+        apart = jnp.abs(embedding[:, None] - text[:, :, None, None]).max(-1)
+        masks = jnp.stack([apart < 100] * 3, 2)
+        return Masks(jnp.where(masks, 5.0, -5.0), jnp.ones(masks.shape[:3]))
+
+
+def test_objects_by_words():
+    """Each object by its own words, and by those of the other in the picture."""
+    colours = ("red", "green", "blue")
+    plain = dict(colours=colours, textures=("solid",), sizes=("large",), backgrounds=("white",))
+    world = World(**plain, max_objects=2)
+    said = lambda texts: (np.array([PALETTE[text.split()[1]] for text in texts], np.float32), None)
+    quality = segment_eval.SegmentQuality({}, pictures=40, some=8)
+    found = quality._texts(Told(), None, Scenes(32, "heldout", 40, world, masks=True), said)
+    alike = lambda i: len({(each.colour, each.shape) for each in scene(world, i, 32, "heldout")["objects"]})
+    assert found["objects"] == 2 * sum(alike(i) == 2 for i in range(40))
+    assert found["iou"] > 0.6 > found["iou_by_the_words_for_another"] + 0.2, found
+    with pytest.raises(ValueError, match="none of 40"):
+        quality._texts(Told(), None, Scenes(32, "heldout", 40, World(**plain, max_objects=1), masks=True), said)
 
 
 def test_a_tiny_network_is_measured(tiny_runs):

@@ -178,6 +178,10 @@ class SegmentQuality:
                 if len(told) > 1 and told.count(text) == 1:
                     right.append(scores[j, j])
                     other.append(scores[j, (j + 1) % len(told)])
+        if not right:
+            raise ValueError(
+                f"SegmentQuality: texts need several objects in a picture, and none of {self.pictures} has them"
+            )
         return {
             "iou": float(np.mean(right)), "iou_by_the_words_for_another": float(np.mean(other)), "objects": len(right)
         }  # fmt: skip
