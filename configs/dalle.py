@@ -11,13 +11,15 @@ Parts
   prior      GPT (models/gpt.py) over the text's tokens and then the picture's: positions by row and column, padding
              learned for every place of the text, layers that look at rows, columns and at last at neighbours; objective
              (an eighth of it the text's) and sampling tasks/autoregressive.py
+  clip       (mini, small) CLIP (models/clip.py, tasks/contrastive.py), of whose choice the best of eight pictures is
 
 Commands
   python -m vgen.main --config=configs/dalle.py --workdir=runs/dalle
   python -m vgen.main --config=configs/dalle.py --workdir=runs/dalle --mode=sample --prompt="a red circle"
   (with --image=in.png --mask=mask.png what is white is written anew, from above; --negative="..." in the place of no
-  text; what may be drawn is --config.generate.knobs.prior.top_k=50, top_p, temperature and guidance_scale)
-  Pictures of held-out captions, guided and not:
+  text; what may be drawn is --config.generate.knobs.prior.top_k=50, top_p, temperature and guidance_scale; the best of
+  more pictures with --config.generate.choose.of=32, what comes with 1)
+  Pictures of held-out captions, guided and not, chosen and not:
   python -m vgen.main --config=configs/dalle.py --workdir=runs/dalle --mode=eval
   python -m vgen.main --config=configs/dalle.py:paper --workdir=DIR (your data: see `_paper`)
 
@@ -67,23 +69,32 @@ BOUND = dict(l1=0.0, l2=0.0, perceptual=0.0)  # the likelihood of the pixels and
 
 def _world(
     *, size, world, eval_count, sizes, autoencoding, net, prior, text, knobs, eval_pictures, prompts, free=None,
-    asked=None, cached=0, scales=(),
+    asked=None, cached=0, scales=(), clip=None,
 ):  # fmt: skip
     """Both stages on scenes and their captions, a tenth of which is left out.
 
     sizes: arguments of DVAE.  autoencoding: settings of `recipes.autoencoder`.  net: arguments of GPT.  prior: of
     `recipes.train`.  text: of `recipes.bpe`.  free, asked: worlds of the tokenizer's pictures and of the evaluation,
-    `world` both by default.  scales: of guidance, to be measured.
+    `world` both by default.  scales: of guidance, to be measured.  clip: arguments of `recipes.contrastive`, for a
+    stage that chooses the best of eight pictures.
     """
     tokenizer, side = _dvae(**sizes), size // 2 ** (sizes["levels"] - 1)
     stages = recipes.prior(
         _gpt(sizes, side, text, **net), tokenizer, size=size, world=world, free=free, eval_count=eval_count,
         autoencoding=BOUND | autoencoding, settings=prior, cached=cached, text=True, drop=0.1, text_weight=1 / 8,
     )  # fmt: skip
+    generate = recipes.generate("prior", temperature=1.0, **knobs)
+    if clip:
+        judge = recipes.contrastive(
+            "clip", size=size, world=free or world, eval_count=eval_count, text=text, pictures=eval_pictures,
+            cached=cached, **clip,
+        )  # fmt: skip
+        stages = dict(stages=stages["stages"] | judge["stages"], order=(*stages["order"], "clip"))
+        generate["choose"] = dict(stage="clip", of=8)
     return dict(
         **stages,
         text=recipes.bpe(**text),
-        generate=recipes.generate("prior", temperature=1.0, **knobs),
+        generate=generate,
         eval=recipes.scene_eval(asked or world, eval_pictures, off=1.0, scales=scales),
         prompts=prompts,
     )
@@ -112,11 +123,18 @@ def _mini():
         text=dict(length=20, vocab_size=512),
         knobs=dict(batch_size=64, guidance_scale=2.0, top_k=0, top_p=0.95), eval_pictures=256, scales=(3.0,),
         prompts=recipes.PROMPTS,
+        clip=dict(
+            features=128, image=dict(width=128, depth=4, heads=4, mlp_dim=512, patch_size=4, unroll=4),
+            words=dict(width=128, depth=2, heads=4, mlp_dim=512, unroll=2),
+            settings=dict(steps=700, batch=128, lr=2e-3, optim=dict(name="muon", weight_decay=0.5)),
+        ),
     )  # fmt: skip
 
 
 def _small():
     """One accelerator: the whole world of scenes at 128 pixels, 256 tokens."""
+    from vgen.models import vit
+
     return _world(
         size=128, world={}, cached=200_000, eval_count=2048,
         sizes=dict(channels=64, blocks=2, num_codes=1024, decoder_stem=128, levels=4),
@@ -126,6 +144,11 @@ def _small():
         text=dict(length=64, vocab_size=512),
         knobs=dict(batch_size=64, guidance_scale=2.0, top_k=0, top_p=0.95), eval_pictures=1024, scales=(3.0,),
         prompts=recipes.PROMPTS,
+        clip=dict(
+            features=256, image=dict(vit.SMALL, patch_size=8, dtype="bfloat16"),
+            words=dict(width=384, depth=6, heads=6, mlp_dim=1536, dtype="bfloat16"),
+            settings=dict(steps=20_000, batch=512, lr=5e-4),
+        ),
     )  # fmt: skip
 
 
@@ -139,7 +162,8 @@ def _paper():
     The released autoencoder in the place of one trained here: --config.stages.prior.init="{'tokenizer/encoder':
     {'file': 'encoder.pkl', 'reader': 'vgen.convert.load:params'}, 'tokenizer/decoder': ...}", and order=('prior',).
     What differs: the autoencoder's learning rate falls over all steps, not the first 1.2M, the transformer's is not
-    halved by hand; no dropout of words' parts in the tokenizer of texts; tokens are drawn without a choice by CLIP.
+    halved by hand; no dropout of words' parts in the tokenizer of texts; pictures are as they come: to choose among 512
+    by CLIP, train a stage of Contrastive on the same texts' tokens, as `mini` does, and name it in generate.choose.
     """
     from vgen.models import dvae, gpt
 

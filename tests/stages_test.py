@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import toy
 from tests.toy_config import get_config
 from vgen.config import ConfigError, UserError
 from vgen.main import main
@@ -75,9 +76,10 @@ def test_weights_are_those_of_init(weights, tmp_path):
     assert System(run)(["x"])["second"].shape == (1, 16, 16, 3)
 
 
-def untold(file, run, classes):
+def untold(file, run, classes, **generate):
     """A System without text, of so many classes, that draws the same colour for everyone but for the label."""
     config = imported(file)
+    config.generate.update(generate)
     config.text, config.prompts, config.stages.second.data.text = {}, ("1",), False
     config.stages.second.task.classes = classes
     made = Run(config, run)
@@ -94,6 +96,29 @@ def test_prompts_are_numbers_of_classes(weights, tmp_path):
             system(["0", prompt])
     with pytest.raises(UserError, match="negative prompt '1': toy has no text"):
         system(["0"], negative="1")
+
+
+def test_the_best_of_several_is_kept(weights, tmp_path, monkeypatch):
+    """Of each prompt's own pictures, whichever batches they fall into."""
+    system = untold(weights[0], tmp_path / "run", classes=6, choose=dict(stage="second", of=3))
+    prompts = ["0", "3", "1", "5"]
+    drawn = system([prompt for prompt in prompts for _ in range(3)], of=1)["second"].reshape(4, 3, 16, 16, 3)
+    best = drawn.astype(float).mean((2, 3, 4)).argmax(1)
+    assert len(set(best[:3])) > 1
+    chosen = system(prompts)["second"]
+    assert chosen.dtype == np.uint8 and (chosen[:3] == drawn[np.arange(3), best[:3]]).all()
+    assert (chosen[3] == drawn[3, 0]).all()  # where the judge says nothing, the first
+    plain = untold(weights[0], tmp_path / "run", classes=6)
+    assert (plain(prompts)["second"] == system(prompts, of=1)["second"]).all()
+    with pytest.raises(UserError, match="of=2: no stage judges the pictures of toy"):
+        plain(prompts, of=2)
+    with pytest.raises(ConfigError, match="config.generate.choose: .*of must be at least 1, got 0"):
+        untold(weights[0], tmp_path / "run", classes=6, choose=dict(stage="second", of=0))
+    with pytest.raises(UserError, match="there is no stage 'clip'"):
+        untold(weights[0], tmp_path / "run", classes=6, choose=dict(stage="clip"))
+    monkeypatch.delattr(toy.Linear, "score")
+    with pytest.raises(ConfigError, match="config.generate.choose.stage: 'second' cannot judge pictures"):
+        untold(weights[0], tmp_path / "run", classes=6, choose=dict(stage="second"))
 
 
 def test_without_text_and_classes_any_prompt_is_a_picture(weights, tmp_path):

@@ -68,18 +68,41 @@ class InitConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Choose:
+    """The best of several pictures is kept (Ramesh et al. 2021, section 2.6; Razavi et al. 2019, section 3.4).
+
+    stage: the one that judges, by `score(params, conds) -> float [b]` of its task: Contrastive says how near a picture
+      is to its text, Classify how likely its label.
+    of: how many pictures are drawn for each prompt.
+    """
+
+    stage: str
+    of: int = 8
+
+    def __post_init__(self):
+        if self.of < 1:
+            raise ValueError(f"Choose: of must be at least 1, got {self.of}")
+
+
+@dataclasses.dataclass(frozen=True)
 class GenerateConfig:
     """How a system generates.
 
     stages: names of the generating stages, in order; each gets what the ones before it returned.
     batch_size: pictures per call of a stage.  knobs: {stage: {knob of the task's `sample`: default}}.
     task: {stage: settings of its task that take the place of those it was trained with, such as another solver}.
+    choose: arguments of Choose, {} for pictures as they come.
     """
 
     stages: tuple[str, ...]
     batch_size: int = 16
     knobs: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     task: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    choose: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def choice(self) -> Choose | None:
+        return call(Choose, self.choose, "config.generate.choose") if self.choose else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +183,11 @@ class Run:
                 accepted = inspect.signature(self.task(name).sample).parameters
                 if unknown := sorted(set(generate.knobs.get(name, {})) - set(accepted)):
                     raise ConfigError(f"config.generate.knobs.{name}: the stage's `sample` has no knob {unknown[0]!r}")
+            if generate.choice and not hasattr(self.task(generate.choice.stage), "score"):
+                raise ConfigError(
+                    f"config.generate.choose.stage: {generate.choice.stage!r} cannot judge pictures; a stage of "
+                    "Contrastive or Classify can"
+                )
 
     def _init_config(self, name: str, prefix: str, source: Mapping[str, Any]) -> InitConfig:
         where = f"config.stages.{name}.init.{prefix}"

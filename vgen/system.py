@@ -13,6 +13,8 @@ from vgen.config import UserError, call
 from vgen.data import images
 from vgen.stages import GenerateConfig, Run
 
+JUDGED = ("image_out", "text", "text_mask", "label")  # what a judge is told of a batch
+
 
 class System:
     """The generating stages of a trained run, compiled once: prompt, seed, guidance and steps are traced.
@@ -29,6 +31,10 @@ class System:
         self.params = {name: trees.unflatten(run.weights(name)[0]) for name in self.names}
         self.tasks = {name: run.sampler(name) for name in self.names}
         self._functions = {name: jax.jit(task.sample) for name, task in self.tasks.items()}
+        self.choice = self.settings.choice
+        if self.choice:
+            judge = self.choice.stage
+            self._judge = jax.jit(run.task(judge).score), trees.unflatten(run.weights(judge)[0])
         self.text = run.text_tokenizer()
         self.size = max(getattr(task, "size", 0) for task in self.tasks.values())
         self.classes = max(getattr(task, "classes", 0) for task in self.tasks.values())
@@ -123,6 +129,7 @@ class System:
         image: np.ndarray | None = None,
         mask: np.ndarray | None = None,
         stages: Sequence[str] | None = None,
+        of: int | None = None,
         **overrides,
     ) -> dict[str, np.ndarray]:
         """{stage: uint8 images [n, h, w, 3]}, one image per prompt, for every generating stage.
@@ -131,17 +138,25 @@ class System:
         whatever there is one of for each picture.
         image: uint8 [h, w, 3] to edit, of which the central square is taken; mask: bool [h, w], True where it is to be
         made anew (None with an image: edit without a mask).  stages: only the first few.
+        of: how many are drawn for each prompt, of which the best is kept (see `vgen.stages.Choose`); as
+        `generate.choose` says by default, where that is empty 1.
         overrides: guidance_scale, steps, ... (`generate.knobs`); steps may be one number for the first stage or
         {stage: number}.
-        Raises UserError for a knob that no stage has, for more steps than a stage can take, and for a prompt that is no
-        class.
+        Raises UserError for a knob that no stage has, for more steps than a stage can take, for a prompt that is no
+        class, and for a choice where nothing judges.
         """
+        of = of or (self.choice.of if self.choice else 1)
+        if of > 1 and not self.choice:
+            raise UserError(f"of={of}: no stage judges the pictures of {self.run.config.name}; see generate.choose")
         self._check_overrides(overrides)
         edited, told = self._edited(image, mask), self._told(prompts, negative)
-        results = {name: [] for name in (stages or self.names)}
+        results: dict[str, list[Any]] = {name: [None] * len(prompts) for name in (stages or self.names)}
+        best = np.full(len(prompts), -np.inf)
         with jax.set_mesh(self.run.mesh):
-            for batch, (rows, new) in enumerate(self.batches(len(prompts), self.batch_size)):
-                conds: dict[str, Any] = {name: self._spread(x[rows]) for name, x in told.items()} | edited
+            for batch, (rows, new) in enumerate(self.batches(len(prompts) * of, self.batch_size)):
+                places = rows // of
+                conds: dict[str, Any] = {name: self._spread(x[places]) for name, x in told.items()} | edited
+                drawn = []
                 key = jax.random.fold_in(jax.random.key(seed), batch)
                 for i, name in enumerate(results):
                     chosen = dict(overrides)
@@ -149,5 +164,17 @@ class System:
                     chosen["steps"] = steps.get(name) if isinstance(steps, Mapping) else (steps if i == 0 else None)
                     knobs = self.knobs(name, chosen)
                     conds |= self._functions[name](self.params[name], jax.random.fold_in(key, i), conds, **knobs)
-                    results[name].append(np.asarray(conds["image_out"])[:new])
-        return {name: np.concatenate(pictures) for name, pictures in results.items()}
+                    drawn.append(np.asarray(conds["image_out"]))
+                scores = self._scores(conds) if of > 1 else np.zeros(len(rows))
+                for row, place in enumerate(places[:new]):
+                    if scores[row] > best[place]:
+                        best[place] = scores[row]
+                        for pictures, each in zip(results.values(), drawn, strict=True):
+                            pictures[place] = each[row]
+        return {name: np.stack(pictures) for name, pictures in results.items()}
+
+    def _scores(self, conds: Mapping[str, Any]) -> np.ndarray:
+        """What the judge says of a batch; of one that it finds no number for, the least."""
+        score, params = self._judge
+        told = {name: conds[name] for name in JUDGED if name in conds}
+        return np.nan_to_num(np.asarray(score(params, told), np.float64), nan=-np.finfo(np.float64).max)

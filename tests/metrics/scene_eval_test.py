@@ -73,6 +73,15 @@ def test_another_knob_is_scanned():
     assert "diversity" not in said["scores"]["net"]
 
 
+def test_a_choice_is_measured_beside_none():
+    kinds, asked = classes(World(**WORLD), "pair"), []
+    system = Draws(lambda prompt, knobs: asked.append(knobs.get("of")) or drawn(kinds[int(prompt)]))
+    system.choice = SimpleNamespace(of=8)
+    found = SceneEval(WORLD, prompts=1, labels="pair", guidance_off=False)(system)
+    assert asked == [None, 1] and set(found["scores"]) == {"net", "net_unchosen"}
+    assert found["protocol"]["drawn_per_prompt"] == 8
+
+
 def test_diversity_by_hand():
     full = lambda *values: np.stack([np.full((4, 4, 3), value, np.uint8) for value in values])
     # of "a" all pairs, 0.2, 0.4 and 0.6 apart; of "b" one pair, 1 apart; "c" is alone

@@ -156,6 +156,18 @@ def test_loss_of_a_network(x64, schedule):
     assert set(loss.metrics) == {"accuracy"} and loss.value.dtype == jnp.float64
 
 
+@pytest.mark.parametrize("schedule", [None, SCHEDULE], ids=["clean", "noised"])
+def test_pictures_are_judged_by_their_class(schedule):
+    """By the log probability of their labels; a network of noised pictures is told that there is no noise."""
+    task = Classify(Linear(2), 2, schedule=schedule)
+    params = draw(task, BATCH)
+    x = image_ops.to_float(BATCH["image"])
+    logits = task.logits(params, x, None if schedule is None else jnp.zeros(8))
+    want = jax.nn.log_softmax(logits)[jnp.arange(8), BATCH["label"]]
+    found = task.score(params, {"image_out": BATCH["image"], "label": BATCH["label"]})
+    np.testing.assert_allclose(found, want, atol=1e-6)
+
+
 @pytest.mark.parametrize("how", ["uniform", "stratified"])
 def test_pictures_are_noised_as_the_schedule_says(how):
     seen, n = UserList(), 2000

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.convert.tables import draw, quick  # noqa: F401  a fixture
+from vgen.data import images
 from vgen.models.clip import CLIP, ImageTower, TextTower, clip_vit
 from vgen.models.clip_resnet import ResNet
 from vgen.tasks.contrastive import Contrastive, clipped, info_nce
@@ -44,6 +45,18 @@ def test_info_nce_against_pytorch(x64):
     want.backward()
     assert float(value) == pytest.approx(want.item(), rel=1e-12)
     np.testing.assert_allclose(grad, theirs.grad.numpy(), atol=1e-14)
+
+
+def test_pictures_of_any_size_are_judged_by_their_text(params):
+    task = Contrastive(NET, 16)
+    conds = {"image_out": BATCH["image"], "text": BATCH["text"], "text_mask": BATCH["text_mask"]}
+    image, text = task.encode_image(params, BATCH["image"]), task.encode_text(params, BATCH["text"])
+    np.testing.assert_allclose(task.score(params, conds), np.diagonal(image @ text.T), atol=1e-6)
+    large = conds | {"image_out": BATCH["image"].repeat(2, 1).repeat(2, 2)}
+    small = np.stack([images.resize(np.asarray(each), 16) for each in large["image_out"]])
+    assert np.abs(small.astype(int) - np.asarray(images.resized(large["image_out"], 16))).max() <= 1
+    want = task.score(params, conds | {"image_out": jnp.asarray(small)})
+    np.testing.assert_allclose(task.score(params, large), want, atol=0.02)
 
 
 def test_the_clip_lets_gradients_lead_back_inside_alone():

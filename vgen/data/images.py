@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
@@ -294,6 +295,14 @@ def downsample(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b h2 w2
     if factor < 1 or h % factor or w % factor:
         raise ValueError(f"downsample: factor must be >= 1 and divide the {h}x{w} image, got {factor}")
     return x.reshape(b, h // factor, factor, w // factor, factor, c).mean((2, 4))
+
+
+def resized(x: UInt8[Array, "b h w c"], size: int) -> UInt8[Array, "b size size c"]:
+    """The whole pictures as squares, by `resize`'s filter, on the device."""
+    if x.shape[1] == x.shape[2] == size:
+        return x
+    smooth = jax.image.resize(x.astype(jnp.float32), (x.shape[0], size, size, x.shape[3]), "lanczos3")
+    return jnp.rint(jnp.clip(smooth, 0, 255)).astype(jnp.uint8)
 
 
 # --------------------------------------------------------------------------------------------------- looking at images

@@ -25,6 +25,7 @@ class SceneEval:
     seed: of sampling.  guidance_off: also measure without guidance, as "<stage>_guidance_off".
     off: the scale that means none: 0 in Muse's form of guidance and in a classifier's, 1 in that of diffusion.
     scales: further scales to measure, as "<stage>_guidance_<scale>".
+    Of a system that chooses among pictures, "<stage>_unchosen" is of those that are drawn first.
     knob: the one whose scales these are; "guidance" stands for its name without "_scale" in those of the rows.
     Guidance, steps and temperatures are the config's defaults and are written into the protocol.
     """
@@ -54,13 +55,16 @@ class SceneEval:
         name = self.knob.removesuffix("_scale")
         runs = {"": {}} | ({f"_{name}_off": {self.knob: self.off}} if self.guidance_off else {})
         runs |= {f"_{name}_{scale:g}": {self.knob: scale} for scale in self.scales}
+        of = system.choice.of if getattr(system, "choice", None) else 1
+        runs |= {"_unchosen": {"of": 1}} if of > 1 else {}
         for suffix, knobs in runs.items():
             for stage, images in system(texts, seed=self.seed, **knobs).items():
                 scores[stage + suffix] = judged(images)
         protocol = {
             "prompts": self.prompts, "split": self.split, "prompt_seed": self.prompt_seed, "seed": self.seed,
             "labels": self.labels, "knob": self.knob,
-            "images_per_prompt": 1, "knobs": {name: dict(system.settings.knobs.get(name, {})) for name in system.names},
+            "images_per_prompt": 1, "drawn_per_prompt": of,
+            "knobs": {name: dict(system.settings.knobs.get(name, {})) for name in system.names},
             "judge": "vgen.metrics.scenes.score",
         }  # fmt: skip
         return {"protocol": protocol, "scores": scores}

@@ -78,6 +78,12 @@ class Classify:
             raise ValueError(f"Classify: the network must give logits {(x.shape[0], self.classes)}, got {got}")
         return out.astype(jnp.promote_types(out.dtype, jnp.float32))
 
+    def score(self, params: Params, conds: Mapping[str, Any]):
+        """Log probabilities [b] of conds["label"] on conds["image_out"], uint8 of the size that the network takes."""
+        x = image_ops.to_float(conds["image_out"])
+        t = None if self.schedule is None else times.place(jnp.zeros(len(x)), self.schedule)
+        return -cross_entropy(self.logits(params, x, t), conds["label"])
+
     def _noised(self, key, x, t):
         """(x, t) as `logits` takes them: x at times t, or as it is."""
         return (x,) if self.schedule is None else (objectives.diffuse(key, x, self.schedule, t).x, t)

@@ -6,7 +6,7 @@ arXiv:2212.00794), section 3, for patches that are left out.
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -108,6 +108,11 @@ class Contrastive:
         """Unit vectors of tokens int [t, n]; text_mask: bool [t, n], False for padding."""
         mask = text_mask if self.text_padding else None
         return unit(self._apply(params, text, mask, method="encode_text", **kwargs).features)
+
+    def score(self, params: Params, conds: Mapping[str, Any]) -> Float[Array, "b"]:
+        """Cosines of conds["image_out"], uint8 [b, h, w, 3] of any size, with conds["text"]."""
+        image = self.encode_image(params, image_ops.resized(conds["image_out"], self.size))
+        return jnp.sum(image * self.encode_text(params, conds["text"], conds["text_mask"]), -1)
 
     def _apply(self, params, *args, **kwargs):
         return self.network.apply({"params": params["network"]}, *args, **kwargs)
