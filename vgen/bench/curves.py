@@ -5,7 +5,6 @@ of floating-point operations buys it, and a cosine over them.  Losses are of hel
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vgen import recipes, trees
+from vgen import recipes
+from vgen.bench.flops import count, gradients
 from vgen.data import scenes
 from vgen.stages import Run
-from vgen.types import Context
 
 MINI = dict(
     size=32, vae="mini", eval_count=512, batch=64, flops=6e12, points=8, cached=60_000,
@@ -84,15 +83,8 @@ def flops(run: Run, name: str) -> float:
         image=jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8), label=ints(b), text=ints(b, length),
         text_mask=jax.ShapeDtypeStruct((b, length), bool),
     )  # fmt: skip
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    flat = trees.flatten(jax.eval_shape(task.init, key, batch))
-    trained = {path: leaf for path, leaf in flat.items() if re.fullmatch(task.groups["main"], path)}
-    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
-
-    def loss(trained, frozen, batch, key):
-        return task.losses(trees.unflatten(trained | frozen), Context(jnp.int32(0)), batch, key)["main"].value
-
-    return jax.jit(jax.value_and_grad(loss)).lower(trained, frozen, batch, key).cost_analysis()["flops"]
+    function, arguments = gradients(task, batch)
+    return count(function, *arguments)
 
 
 def study(workdir: str | Path, scale: str = "mini", budget: float = 1.0) -> dict[str, Any]:
