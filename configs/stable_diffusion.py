@@ -32,7 +32,16 @@ Published numbers
   Sampling: 1.5 PNDM, 50 steps, guidance 7.5; 2.1 DDIM, 50 steps, 7.5; XL Euler, 50 steps, 5.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini, 21 minutes of one CPU core beside other work, evaluation included.  256 held-out prompts, seed 0, 25 steps of
+  PNDM, read by the scene oracle:
+    guidance off  colour 0.82  shape 0.58  relation 0.63  scene_exact 0.30
+    1.5           colour 0.83  shape 0.67  relation 0.68  scene_exact 0.43
+    2 (default)   colour 0.82  shape 0.72  relation 0.68  scene_exact 0.50
+    3             colour 0.82  shape 0.70  relation 0.71  scene_exact 0.48
+    5             colour 0.41  shape 0.42  relation 0.18  scene_exact 0.10
+  What is wrong is mostly that the second object is missing (count 0.68; backgrounds 1.00), which is decided where there
+  is hardly any signal; configs/ldm.py, of a flow in the same latents, draws 0.70 right.  By DDIM on trailing times 0.47
+  at 2 and 0.51 at 3.
 """
 
 from ml_collections import ConfigDict, FieldReference
