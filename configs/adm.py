@@ -131,7 +131,7 @@ def _world(
         eval=recipes.scene_eval(
             world, eval_pictures, labels="pair", knob="classifier_scale", off=0.0, scales=scales
         ),
-        prompts=tuple(map(str, range(0, classes, classes // 8 + 1))),
+        prompts=recipes.class_prompts(classes),
     )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def _world(
         **stages,
         generate=recipes.generate("dit", **knobs),
         eval=recipes.scene_eval(world, eval_pictures, labels="pair", off=1.0, scales=scales),
-        prompts=tuple(map(str, range(0, classes, classes // 8 + 1))),
+        prompts=recipes.class_prompts(classes),
     )
 
 

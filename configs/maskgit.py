@@ -105,7 +105,7 @@ def _world(*, size, world, free, eval_count, sizes, autoencoder, generator, net,
         stages=stages, order=("tokenizer", "generator"),
         generate=_knobs(guidance_scale=1.0, **knobs),
         eval=dict(target="vgen.metrics.token_eval:TokenStudy", world=world, **measure),
-        prompts=tuple(map(str, range(0, classes, classes // 8 + 1))),
+        prompts=recipes.class_prompts(classes),
     )  # fmt: skip
 
 

@@ -31,7 +31,12 @@ Published numbers
   FFHQ 9.6, CelebA-HQ 10.2.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini, 18 minutes of one CPU core beside other work, 1600 and 2600 steps and evaluation.  Tokenizer on held-out scenes:
+  PSNR 28.9 dB, 78 % of 512 codes used; next tokens: perplexity 1.06 told the class (1.12 untold).  Of 264 pictures, 11
+  of a class, seed 0, k = 100, p = 0.92, the share that shows what was asked for and nothing else, and diversity:
+    guidance 1.5 (default) 0.989 0.267, off 0.985 0.270, 3 0.962 0.177
+  Edges are a little rough.  Windows that slide draw parts of objects: in training all of one was in view.
+  text: not trained to its end.
 """
 
 from ml_collections import ConfigDict
@@ -87,7 +92,7 @@ def _world(
         **(dict(text=recipes.bpe(**text)) if text else {}),
         generate=recipes.generate("prior", temperature=1.0, **knobs),
         eval=recipes.scene_eval(asked or world, eval_pictures, labels=labels, off=1.0, scales=scales),
-        prompts=prompts or tuple(map(str, range(0, classes, classes // 8 + 1))),
+        prompts=prompts or recipes.class_prompts(classes),
     )
 
 

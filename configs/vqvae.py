@@ -86,7 +86,7 @@ def _world(
         **stages,
         generate=recipes.generate("prior", temperature=1.0, **knobs),
         eval=recipes.scene_eval(world, eval_pictures, labels="pair", off=1.0, scales=scales),
-        prompts=tuple(map(str, range(0, classes, classes // 8 + 1))),
+        prompts=recipes.class_prompts(classes),
     )
 
 

@@ -371,6 +371,15 @@ def generate(stage: str, *, batch_size: int, **knobs) -> dict[str, Any]:
     return dict(stages=(stage,), batch_size=batch_size, knobs={stage: knobs})
 
 
+def class_prompts(classes: int) -> tuple[str, ...]:
+    """A config's `prompts` where these are numbers of classes: eight of them, or fewer, from all over.
+
+    Steps of the golden ratio: a fixed number between them may meet one shape, say, again and again.
+    """
+    golden = (5**0.5 - 1) / 2
+    return tuple(map(str, sorted({int(i * golden % 1 * classes) for i in range(8)})))
+
+
 def imported(weights: Any, **folders: str) -> dict[str, Any]:
     """A stage's `init`: {part of the task: folder below `weights`}, networks of a published pipeline.
 
