@@ -12,7 +12,7 @@ import pytest
 
 from vgen import main
 from vgen.data.images import save_png
-from vgen.stages import Run, RunConfig
+from vgen.stages import GenerateConfig, Run, RunConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -91,8 +91,9 @@ def test_inline_flags_exist(there):
         assert head in known, flag
         for key in keys:
             key = "base" if key == "STAGE" else key
-            if value is config and key not in value:  # of another system
-                assert key in {field.name for field in dataclasses.fields(RunConfig)}, flag
+            fields = RunConfig if value is config else GenerateConfig if value is config["generate"] else None
+            if fields and key not in value:  # of another system, or left out
+                assert key in {field.name for field in dataclasses.fields(fields)}, flag
                 break
             assert key in value, flag
             value = value[key]
