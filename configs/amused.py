@@ -50,15 +50,17 @@ def get_config(scale: str = "mini") -> ConfigDict:
 
 def _world(
     *, size, world, eval_count, sizes, autoencoder, generator, text, net, knobs, prompts, eval_prompts,
-    cached=0, discriminator=None, dtype=None,
+    cached=0, discriminator=None, dtype=None, free=None, asked=None, scales=(),
 ):  # fmt: skip
     """Both stages on scenes of `size` pixels.
 
-    sizes: arguments of VQGAN.  autoencoder: of `recipes.autoencoder`.  generator: steps, batch and lr of its stage.
+    sizes: arguments of VQGAN.  autoencoder: of `recipes.autoencoder`.  generator: of `recipes.train`.  free, asked:
+    worlds of the tokenizer's pictures and of the evaluation, `world` both by default.
     text: length and vocab_size of the texts.
+    scales: of guidance, to be measured.
     net: arguments of UVit; the text tower has the width and the heads of its transformer, and two layers.
     """
-    tokenizer = recipes.vqgan(**sizes)
+    tokenizer, loose = recipes.vqgan(**sizes), free or world
     grid = (size // recipes.pixels_per_token(sizes),) * 2
     width, codes = net["width"], sizes["num_codes"]
     transformer = dict(
@@ -76,7 +78,7 @@ def _world(
     )  # fmt: skip
     stages = dict(
         tokenizer=recipes.autoencoder(
-            tokenizer, data=recipes.scenes(size, world), evaluate=recipes.held_out(world, eval_count, batches=8),
+            tokenizer, data=recipes.scenes(size, loose), evaluate=recipes.held_out(loose, eval_count, batches=8),
             discriminator=discriminator, **autoencoder,
         ),
         generator=dict(
@@ -90,7 +92,7 @@ def _world(
         order=("tokenizer", "generator"),
         text=recipes.bpe(**text),
         generate=_generate(**knobs),
-        eval=recipes.scene_eval(world, eval_prompts),
+        eval=recipes.scene_eval(asked or world, eval_prompts, scales=scales),
         prompts=prompts,
     )
 
@@ -114,12 +116,13 @@ def _tiny():
 
 def _mini():
     return _world(
-        size=32, world=recipes.LATTICE, cached=40_000, eval_count=512, sizes=recipes.TOKENIZERS["mini"],
+        size=32, world=recipes.TOLD, free=recipes.FREE, asked=recipes.LATTICE, cached=60_000, eval_count=512,
+        sizes=recipes.TOKENIZERS["mini"],
         autoencoder=dict(steps=2000, batch=16, lr=3e-3, **recipes.TOKENIZER_LOSSES["mini"]),
-        generator=dict(steps=2000, batch=32, lr=1.5e-3),
+        generator=dict(steps=2500, batch=32, lr=2e-3, optim=dict(name="muon", weight_decay=0.5)),
         text=dict(length=20, vocab_size=512),
         net=dict(depth=3, width=128, heads=4, mlp_dim=256, channels=64, res_blocks=3, block_heads=2, unroll=3),
-        knobs=dict(batch_size=64, guidance=2.0), eval_prompts=256, prompts=recipes.PROMPTS,
+        knobs=dict(batch_size=64, guidance=2.0), scales=(1.5, 3.0), eval_prompts=256, prompts=recipes.PROMPTS,
     )  # fmt: skip
 
 
