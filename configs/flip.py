@@ -24,7 +24,11 @@ Published numbers
   32 epochs, 50 %: B/16 68.0, L/16 74.3, L/14 74.6, H/14 75.5; CLIP trained alike 68.2 (B/16), 72.4 (L/16), 73.1 (L/14).
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini, 13 minutes of one CPU core beside other work, 1200 steps of 192 and 150 whole ones of 128.  256 scenes of pairs
+  that training shows: recall at 1 of captions 0.66, of pictures 0.68 (at 5 0.98, 0.98), zero-shot classes 1.00; of
+  pairs that it never shows 0.43, 0.46 and 0.63.  CLIP's own mini in as many steps of 128 whole pictures: 0.70, 0.64,
+  1.00 and 0.45, 0.53, 0.48.
+  mini75: not trained to its end.
 """
 
 from ml_collections import ConfigDict
