@@ -31,6 +31,7 @@ FORBIDDEN = {
     "state": {"models", "tasks", "data"} | TOP,
     "recipes": {"*"},
     "checkpoint": {"models", "tasks", "data"} | TOP,
+    "checkpoint_show": {"models", "tasks", "data"} | TOP,
     "log": {"models", "tasks"} | TOP,
     "optim": {"models", "tasks", "data"} | TOP,
     "sharding": {"models", "tasks", "data"} | TOP,

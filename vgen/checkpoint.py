@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -211,3 +212,9 @@ def _write_json(path: Path, value) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value))
     temporary.replace(path)
+
+
+if __name__ == "__main__":
+    from vgen.checkpoint_show import main
+
+    sys.exit(main())
