@@ -97,10 +97,10 @@ def _tiny():
 
 def _mini():
     return _world(
-        size=32, world=recipes.FREE, cached=60_000, eval_count=512, text=dict(length=20, vocab_size=512),
+        size=32, world=recipes.TOLD, cached=60_000, eval_count=512, text=dict(length=20, vocab_size=512),
         image=dict(width=128, depth=4, heads=4, mlp_dim=512, patch_size=4, unroll=4),
         words=dict(width=128, depth=2, heads=4, mlp_dim=512, unroll=2),
-        settings=dict(steps=1800, batch=64, lr=2e-3, optim=dict(name="muon")), pictures=256,
+        settings=dict(steps=1800, batch=64, lr=2e-3, optim=dict(name="muon", weight_decay=0.5)), pictures=256,
     )  # fmt: skip
 
 
