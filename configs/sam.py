@@ -120,13 +120,14 @@ def _text():
         "clip", size=32, world=one, cached=40_000, eval_count=256, features=64, text=dict(length=20, vocab_size=512),
         image=dict(width=96, depth=3, heads=4, mlp_dim=384, patch_size=4, unroll=3),
         words=dict(width=96, depth=2, heads=4, mlp_dim=384, unroll=2),
-        settings=dict(steps=600, batch=64, lr=2e-3, optim=dict(name="muon")), pictures=256,
+        settings=dict(steps=1000, batch=64, lr=2e-3, optim=dict(name="muon")), pictures=256,
     )  # fmt: skip
+    clip["stages"]["clip"]["data"]["options"] |= dict(closeup=0.8)  # as the crops of objects that it is to tell of
     told = dict(clip=clip["stages"]["clip"]["task"]["network"], clip_size=32)
     stage = _stage(
         size=32, world=WORLD, cached=20_000, eval_count=256, net=NET | dict(text_dim=64),
-        task=dict(masks=3, points=2, refinements=0) | told,
-        train=dict(steps=1000, batch=16, lr=3e-3, optim=dict(name="muon")),
+        task=dict(masks=3, points=1, refinements=0, told=0.75) | told,
+        train=dict(steps=2500, batch=16, lr=3e-3, optim=dict(name="muon")),
     )  # fmt: skip
     stage["init"] = dict(clip=dict(stage="clip", part="network"))
     measure = _quality(WORLD, automatic=AUTOMATIC, texts=True, some=16)

@@ -4,15 +4,18 @@ import dataclasses
 import pickle
 from collections import Counter
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
 from vgen.data import scene_draw, scene_oracle, scene_text, scenes
+from vgen.data.preprocess import CLIP
 from vgen.data.scene_oracle import read
 from vgen.data.scene_text import Claims, Thing, parse
 from vgen.data.scenes import FULL, Scenes, World, compose, prompts, scene
 from vgen.metrics.scenes import score
+from vgen.models import sam_prompt
 
 MINI = World(shapes=("circle", "square", "triangle", "star"), textures=("solid",), max_objects=2)
 PAIRS = World(max_objects=2)
@@ -410,3 +413,33 @@ def test_canonical_captions_are_told_from_the_left_and_from_above():
     for wrong in (dict(canonical=1.5), dict(canonical=0.5, relations=("right of", "below"))):
         with pytest.raises(ValueError, match="World.canonical must be in"):
             World(**wrong)
+
+
+def test_close_ups_are_of_the_object():
+    """As sam_prompt.crops shows it to a CLIP: the same middle, the same width, the same colour around."""
+    image, masks = np.full((32, 32, 3), 200, np.uint8), np.zeros((32, 32), bool)
+    masks[4:12, 20:26] = True
+    image[masks] = (250, 0, 0)
+    for wider, alone in ((1.0, False), (1.5, True), (2.0, False)):
+        near = scenes.close_up(image, masks, wider, alone)
+        boxes = jnp.array([[[20, 4, 25, 11]]], float)
+        given = [jnp.asarray(each, float)[None] for each in (image - 255 * np.asarray(CLIP.mean),)]
+        theirs = sam_prompt.crops(
+            *given, jnp.asarray(masks)[None, None], boxes, jnp.full((1, 1), wider), jnp.full((1, 1), alone), 32
+        )
+        theirs = theirs[0, 0] + 255 * np.asarray(CLIP.mean)
+        apart = np.abs(near.astype(float) - theirs)
+        assert apart.mean() < 6 and (alone or apart[8:24, 8:24].max() < 2), (wider, alone)  # alone, edges are softer
+    plain = np.rint(255 * np.asarray(CLIP.mean))
+    assert (scenes.close_up(image, masks, 2.0, True)[0, 0] == plain).all()
+
+
+def test_some_scenes_are_close_ups():
+    world = dict(max_objects=1, textures=("solid",))
+    whole, near = scenes.Scenes(32, world=world, count=60), scenes.Scenes(32, world=world, count=60, closeup=0.5)
+    same = [(whole[i]["image"] == near[i]["image"]).all() for i in range(60)]
+    assert 15 < sum(same) < 45 and all(whole[i]["caption"] == near[i]["caption"] for i in range(60))
+    assert (near[7]["image"] == near[7]["image"]).all()
+    for bad in (dict(closeup=1.5), dict(closeup=0.5, masks=True), dict(closeup=0.5, world={})):
+        with pytest.raises(ValueError, match="closeup must be in"):
+            scenes.Scenes(32, **dict(world=world) | bad)

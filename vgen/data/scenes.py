@@ -18,8 +18,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image
 
 from vgen.data import scene_text
+from vgen.data.preprocess import CLIP
 from vgen.data.scene_draw import SceneObject, render, truths
 from vgen.data.scene_text import Claims, Thing
 
@@ -206,6 +209,7 @@ class Scenes:
     world: a World or its keyword arguments.
     labels: also "label", int, the class of the first object among `classes(world, labels)`; "" for none.
     masks: also "masks", bool [world.max_objects, size, size]: the visible part of each object, then empty ones.
+    closeup: share of the pictures, of worlds of one object, that are a `close_up` instead.
     """
 
     size: int
@@ -214,10 +218,16 @@ class Scenes:
     world: World | Mapping[str, Any] = FULL
     labels: str = ""
     masks: bool = False
+    closeup: float = 0.0
 
     def __post_init__(self):
         if not isinstance(self.world, World):
             object.__setattr__(self, "world", World(**self.world))
+        if not 0 <= self.closeup <= 1 or (self.closeup and (self.masks or self.world.max_objects > 1)):
+            raise ValueError(
+                "scenes: closeup must be in [0, 1] and is of worlds of one object, without masks; got "
+                f"closeup={self.closeup}, masks={self.masks}, max_objects={self.world.max_objects}"
+            )
         if self.labels:
             classes(self.world, self.labels)  # or ValueError
 
@@ -227,7 +237,12 @@ class Scenes:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -self.count <= index < self.count:
             raise IndexError(f"scene {index} is outside a source of {self.count}")
-        example = scene(self.world, int(index) % self.count, self.size, self.split, truth=self.masks)
+        index = int(index) % self.count
+        dice = np.random.default_rng((self.world.seed, 2 + SPLITS.index(self.split), index)) if self.closeup else None
+        near = dice is not None and dice.random() < self.closeup
+        example = scene(self.world, index, self.size, self.split, truth=self.masks or near)
+        if near:
+            example["image"] = close_up(example["image"], example["masks"][0], dice.uniform(1, 2), dice.random() < 0.5)
         label = {}
         if self.masks:
             none = self.world.max_objects - len(example["objects"])
@@ -237,6 +252,27 @@ class Scenes:
             said = first.colour if self.labels != "shape" else "", first.shape if self.labels != "colour" else ""
             label["label"] = classes(self.world, self.labels).index(said)
         return {"image": example["image"], "caption": example["caption"]} | label
+
+
+def close_up(
+    image: UInt8[np.ndarray, "s s 3"], mask: Bool[np.ndarray, "s s"], wider: float, alone: bool
+) -> UInt8[np.ndarray, "s s 3"]:
+    """The square about a mask, `wider` times as wide as the longer side of its box, at the size of the picture.
+
+    What is outside of the picture has CLIP's mean colour, and what is outside of the mask where it is `alone`: as
+    `vgen.models.sam_prompt.crops` shows objects to a CLIP.
+    """
+    plain = np.rint(255 * np.asarray(CLIP.mean)).astype(np.uint8)
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    side = wider * (1 + max(np.ptp(rows), np.ptp(columns)))
+    middle = [(each[0] + each[-1] + 1) / 2 for each in (columns, rows)]
+    shown = np.where(mask[..., None], image, plain) if alone else image
+    around = len(image)  # no square reaches farther: it is at most twice as wide as the picture
+    canvas = np.broadcast_to(plain, (3 * around, 3 * around, 3)).copy()
+    canvas[around : 2 * around, around : 2 * around] = shown
+    box = [around + x + sign * side / 2 for sign in (-1, 1) for x in middle]
+    cut = Image.fromarray(canvas).resize((around, around), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(cut)
 
 
 def classes(world: World, labels: str) -> tuple[tuple[str, str], ...]:

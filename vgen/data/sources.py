@@ -50,8 +50,8 @@ def open_source(spec: str, *, size: int | None = None, split: str = "train", hol
     split: "train" or "heldout" for scenes, photos and digits; a TFDS split; a sub-folder of `folder:DIR` named like a
       split.
     holdout: for data that come in one piece, the share (evenly spread) that is "heldout" and kept out of "train".
-    kwargs: scenes: count, world, labels, masks.  photos: count, seed, min_scale.  digits: count.  tfds: data_dir, keys.
-      sa1b: masks, count.
+    kwargs: scenes: count, world, labels, masks, closeup.  photos: count, seed, min_scale.  digits: count.  tfds:
+      data_dir, keys.  sa1b: masks, count.
     Raises ValueError for an unknown kind or keyword, DataError if there is nothing to read.
     """
     kind, _, where = spec.partition(":")

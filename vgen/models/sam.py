@@ -261,7 +261,8 @@ class SAM(nn.Module):
             if self.text is None or not slots:
                 raise ValueError(f"SAM: text needs slots and a network with text_dim, got slots={slots}")
             told = jnp.ones(text.shape[:2], bool) if told is None else told
-            sparse = jnp.concatenate([sparse, self.text(text)[:, :, None].astype(sparse.dtype)], 2)
+            loud = text.shape[-1] ** 0.5  # of a unit vector: as large as a point's sines and cosines
+            sparse = jnp.concatenate([sparse, self.text(loud * text)[:, :, None].astype(sparse.dtype)], 2)
             present = jnp.concatenate([present, told[:, :, None]], 2)
         out = self.mask_decoder(embedding, self.prompt_encoder.grid_positions(), sparse, dense, present)
         kept = slice(1, None) if multimask else slice(0, 1)
