@@ -27,7 +27,10 @@ Published numbers
   COCO, CIDEr: base (CapFilt-L, 129M pictures) 133.3, large 136.7.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini, 22 minutes of one CPU core beside other work.  Captions of 256 scenes by beam search, of pairs that training
+  shows: all understood, colour, shape and count 1.00, relation 0.98, all of it true in 0.988; of pairs that it never
+  shows 0.996, 1.00, 0.61, 0.95, 0.73 and 0.39.  With relations told at random and objects anywhere, and without weight
+  decay: relation 0.46, all true 0.71; of pairs never shown shape 0.39, all true 0.12.
 """
 
 from ml_collections import ConfigDict, FieldReference

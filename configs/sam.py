@@ -36,7 +36,10 @@ Measured numbers
   hand, 1.78 by clicks, 4.39 (3.38 of them objects) with confident masks drawn ahead, 5.89 (3.40 objects, of 3.49 that
   there are) automatically.  The network at its end, which learned from no other masks: 0.904 after one click, 0.913
   after three; automatic recall 0.974, precision 0.814.
-  text: not trained to its end yet.
+  text (1000 steps of the CLIP, 2500 of SAM; 19 minutes of one CPU core beside other work), objects of which there is
+  one such in a picture of several, 421 of them: mean IoU by "a red circle" alone 0.902, by the words for another object
+  there 0.028.  By one click 0.948, three 0.958, a box 0.949.  Where the CLIP had seen no close-ups, of whose vectors
+  SAM learns, it told 0.18 of the crops' classes (0.99 of whole scenes'), and SAM did not listen: 0.37 and 0.35.
 """
 
 from ml_collections import ConfigDict
