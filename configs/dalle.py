@@ -29,7 +29,11 @@ Published numbers
   its match to the caption 93.3 % of the time.
 
 Measured numbers
-  None yet: no scale has been trained to its end.
+  mini, 21 minutes of two CPU cores beside other work.  What it draws has the layout and mostly the colours that were
+  asked for, and outlines that the oracle does not read: of 256 held-out captions, seed 0, guidance 2, the best of eight,
+  no picture is all right (colour 0.25, shape 0.13).  The tokenizer is at fault: PSNR 20.9 dB on held-out scenes where
+  VQ-GAN's of as many tokens has 28.9, with 71 % of 256 codes used.  With the KL at 1 and warmed up, and no least scale,
+  it was 18.2 dB and 11 %, in two colours.  CLIP's choice is not to be measured on such pictures.
 """
 
 from ml_collections import ConfigDict
@@ -113,11 +117,15 @@ def _tiny():
 
 
 def _mini():
-    """32 pixels, 64 tokens of 4 x 4 each; the scenes are those of Muse's base model at mini."""
+    """32 pixels, 64 tokens of 4 x 4 each; the scenes are those of Muse's base model at mini.
+
+    The KL has its weight from the first step on: with a weaker one, or a warm-up, all tokens become the same at once.
+    Without the least scale the likelihood of plain backgrounds, which has no bound, is all that is learned.
+    """
     return _world(
         size=32, world=recipes.TOLD, free=recipes.FREE, asked=recipes.LATTICE, cached=60_000, eval_count=512,
         sizes=dict(channels=32, blocks=1, num_codes=256, decoder_stem=64, levels=3),
-        autoencoding=dict(steps=2500, batch=16, lr=2e-3, kl=1.0, kl_steps=500, temperature=(1.0, 1 / 16, 2000)),
+        autoencoding=dict(steps=3000, batch=16, lr=2e-3, kl=6.6, least_scale=0.3, temperature=(1.0, 1 / 16, 2400)),
         net=dict(depth=4, width=128, heads=4, kernel=5, unroll=4),
         prior=dict(steps=3400, batch=32, lr=2e-3, optim=dict(name="muon", weight_decay=0.5)),
         text=dict(length=20, vocab_size=512),

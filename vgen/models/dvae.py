@@ -25,14 +25,18 @@ def unmap_pixels(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     return jnp.clip((x - EPS) / (0.5 - EPS) - 1, -1, 1)
 
 
-def logit_laplace(statistics: Float[Array, "b h w c2"], images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+def logit_laplace(
+    statistics: Float[Array, "b h w c2"], images: Float[Array, "b h w c"], least_scale: float = 0.0
+) -> Float[Array, "b h w c"]:
     """Minus the log density of every value of the pictures, nats (Ramesh et al. 2021, appendix A.3).
 
     x in (0, 1) has a logit-Laplace distribution where logit x has a Laplace one: with location mu and scale b, its
     density is exp(-|logit x - mu| / b) / (2 b x (1 - x)).
     statistics: mu, then ln b, of `DVAEDecoder`.  images: in [-1, 1], which `map_pixels` takes to [0.1, 0.9].
+    least_scale: of b; the density of plain surfaces, which are the same to the last bit, grows without an end at 0.
     """
     mu, log_b = jnp.split(statistics, 2, axis=-1)
+    log_b = jnp.maximum(log_b, math.log(least_scale)) if least_scale else log_b
     x = map_pixels(images.astype(statistics.dtype))
     logit = jnp.log(x) - jnp.log1p(-x)
     return jnp.abs(logit - mu) * jnp.exp(-log_b) + log_b + jnp.log(2 * x * (1 - x))

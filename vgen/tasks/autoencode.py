@@ -46,6 +46,7 @@ class Autoencode:
     kl: weight of the Gaussian's KL against a standard normal, in nats per value of the picture; 1e-6 in latent
       diffusion, whose sums over both have this ratio.  Of a DVAE: of the KL against uniform tokens (DALL-E: 6.6).
     kl_steps: that weight rises from 0 over so many steps.
+    least_scale: of a DVAE's likelihood, see `logit_laplace`.
     temperature: (first, last, steps): the relaxation of a DVAE's tokens becomes sharper over so many steps; this and
       the KL's weight follow a cosine (appendix A.2).
     decay, revive_below: of an averaged codebook (`layers.quantize.ema_update`), when model.ema.
@@ -71,6 +72,7 @@ class Autoencode:
     r1: float = 0.0
     kl: float = 1e-6
     kl_steps: int = 0
+    least_scale: float = 0.0
     temperature: tuple[float, float, int] = (1.0, 1 / 16, 150_000)
     decay: float = 0.99
     revive_below: float = 0.0
@@ -213,7 +215,8 @@ class Autoencode:
     def _reconstruction(self, params, x_hat, x):
         """(weighted sum, {name: term}) of what compares pictures; in float32 or wider."""
         if self._relaxed:
-            likelihood = logit_laplace(x_hat.astype(jnp.promote_types(x_hat.dtype, jnp.float32)), x).mean()
+            wide = x_hat.astype(jnp.promote_types(x_hat.dtype, jnp.float32))
+            likelihood = logit_laplace(wide, x, self.least_scale).mean()
             value, terms = self._compared(params, self.model.picture(x_hat), x)
             return value + likelihood, terms | {"laplace": likelihood}
         return self._compared(params, x_hat, x)
