@@ -15,6 +15,7 @@ FORBIDDEN = {
     "platform": {"*"},
     "config": {"*"},
     "trees": {"*"},
+    "hlo": {"*"},
     "layers": {"models", "tasks", "tokens", "diffusion", "edit", "adapt", "data", "metrics", "convert"} | TOP,
     "models": {"tasks", "tokens", "diffusion", "edit", "adapt", "convert"} | TOP,
     "convert": {"tasks", "tokens", "diffusion", "edit", "data"} | TOP,  # it knows networks, and nothing they are for

@@ -66,7 +66,7 @@ def test_command_is_accepted(args, there):
     mesh = dict(options.config.get("mesh", {})).values()
     run = Run(options.config, options.workdir, devices=jax.devices()[:1] * max(1, abs(int(np.prod([1, *mesh])))))
     assert options.stage is None or options.stage in run.stages
-    assert options.mode == "train" or run.config.generate
+    assert options.mode in ("train", "plan") or run.config.generate
     assert options.mode != "sample" or options.prompt
 
 

@@ -1,4 +1,4 @@
-"""The command line: python -m vgen.main --config=configs/muse.py[:scale] --workdir=DIR [--mode=train|sample|eval].
+"""The command line: python -m vgen.main --config=configs/muse.py[:scale] --workdir=DIR [--mode=train|sample|eval|plan].
 
 Every mistake of the caller ends as one sentence on stderr and exit code 2.
 """
@@ -44,7 +44,8 @@ def _flags(argv: list[str]) -> flags.FlagValues:
     )  # fmt: skip
     text, number = flags.DEFINE_string, flags.DEFINE_integer
     text("workdir", None, "where checkpoints, logs and pictures go", flag_values=values)
-    flags.DEFINE_enum("mode", "train", ["train", "sample", "eval"], "what to do", flag_values=values)
+    flags.DEFINE_enum("mode", "train", ["train", "sample", "eval", "plan"], "what to do", flag_values=values)
+    text("topology", None, "plan: the devices, such as v4:4x4x16, v5e:4x8 or cpu:8 (emulated)", flag_values=values)
     text("stage", None, "only this stage (train); only up to this stage (sample)", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "a prompt, or the number of a class; may be repeated", flag_values=values)
     text("prompts", None, "a file with one prompt per line", flag_values=values)
@@ -110,6 +111,8 @@ def _run(options: flags.FlagValues) -> int:
     if options.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(options.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if options.mode == "plan":
+        return _plan(options)
     _emulate_devices(options.cpu_devices)
     run = Run(options.config, options.workdir)
     if options.mode == "train":
@@ -117,6 +120,33 @@ def _run(options: flags.FlagValues) -> int:
         return _train(run, options)
     run.check()
     return _sample(run, options) if options.mode == "sample" else _evaluate(run)
+
+
+def _plan(options: flags.FlagValues) -> int:
+    """Print and write to WORKDIR/plan.json what the config takes on --topology; 3 where it does not fit."""
+    from vgen import plan
+
+    if not options.topology:
+        raise UserError("--mode=plan needs --topology, such as v4:4x4x16 or cpu:8")
+    if re.fullmatch(r"cpu:[1-9][0-9]{0,2}", options.topology):
+        _emulate_devices(int(options.topology.partition(":")[2]))
+    target = plan.target(options.topology)
+    report = plan.plan(options.config, options.workdir, target, [options.stage] if options.stage else [])
+    for line in plan.lines(report):
+        print(line, flush=True)
+    over = [name for name, found in report["train"].items() if not found.get("fits", True)]
+    report["fitting"] = {}
+    for name in over:
+        print(f"train {name}: looking for settings that fit", flush=True)
+        found = report["fitting"][name] = plan.fitting(options.config, options.workdir, name, target)
+        told = " ".join(f"--config.{path}={value}" for path, value in (found or {}).items())
+        print(f"train {name}: {'fits with ' + told if found else 'none fits; take more or larger devices'}", flush=True)
+    path = Path(options.workdir) / "plan.json"
+    try:
+        plan.write(report, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    return 0 if report["fits"] else 3
 
 
 def _emulate_devices(count: int) -> None:

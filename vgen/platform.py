@@ -1,10 +1,30 @@
-"""What is set about the platform before JAX starts, each with its reason."""
+"""Which platform programs are made for; and what is set about it before JAX starts, each with its reason."""
 
+import contextlib
+import contextvars
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+_TARGET: contextvars.ContextVar[str] = contextvars.ContextVar("target", default="")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
+
+
+def backend() -> str:
+    """The platform whose kernels a program may have: "cpu", "gpu" or "tpu"; inside of `target`, the one said there."""
+    import jax
+
+    return _TARGET.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def target(platform: str) -> Iterator[None]:
+    """Programs traced inside are for another platform than the one that this process has, see `vgen.plan`."""
+    token = _TARGET.set(platform)
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
 
 
 def with_huge_pages(environ: Mapping[str, str], platform: str = sys.platform) -> dict[str, str] | None:

@@ -178,6 +178,19 @@ class Hook:
         return bool(self.every and step % self.every == 0) or (self.last and step == steps)
 
 
+def program(task: Task, config: TrainConfig, layout: states.Layout, mesh: Mesh):
+    """(make, shardings, step, rates): see `state.plan`; the jitted train step, which gives its state's memory away; and
+    {group: learning rate by step}.  To be called, and the step too, under `jax.set_mesh(mesh)`.
+    """
+    optimizers, rates = build_optimizers(config, list(layout.groups))
+    make, shardings = states.plan(
+        layout, optimizers, mesh, ema=config.ema_decay > 0, rules=config.rules, min_shard_size=config.min_shard_size
+    )
+    pure = make_step(task, layout.groups, optimizers, ema_decay=config.ema_decay, accumulate=config.accumulate)
+    places = (shardings, sharding.replicated(mesh))
+    return make, shardings, jax.jit(pure, donate_argnums=0, in_shardings=None, out_shardings=places), rates
+
+
 def fit(
     task: Task,
     config: TrainConfig,
@@ -200,12 +213,9 @@ def fit(
     Raises Diverged after config.max_bad_steps non-finite steps in a row, Stopped when should_stop() became true
     (the state is saved first), UserError when a frozen parameter has no source.
     """
-    optimizers, rates = build_optimizers(config, list(layout.groups))
     frozen = place_frozen(layout.frozen, given or {}, mesh, config)
     with jax.set_mesh(mesh):
-        make, shardings = states.plan(
-            layout, optimizers, mesh, ema=config.ema_decay > 0, rules=config.rules, min_shard_size=config.min_shard_size
-        )
+        make, shardings, train_step, rates = program(task, config, layout, mesh)
         restored = checkpoints.restore(jax.eval_shape(make, key, {}), shardings) if checkpoints else None
         if restored is None:
             state = states.create(make, shardings, key, given)
@@ -213,10 +223,6 @@ def fit(
             state, position = restored
             if position is not None and hasattr(batches, "set_state"):
                 batches.set_state(position)
-        pure = make_step(task, layout.groups, optimizers, ema_decay=config.ema_decay, accumulate=config.accumulate)
-        train_step = jax.jit(
-            pure, donate_argnums=0, in_shardings=None, out_shardings=(shardings, sharding.replicated(mesh))
-        )
         return _loop(config, train_step, state, frozen, batches, rates, checkpoints, log, hooks, should_stop)
 
 
@@ -278,6 +284,11 @@ def _report(config, log, step, metrics, extra):
         log.scalars(step, values | extra)
 
 
+def frozen_dtype(dtype, config: TrainConfig):
+    """The dtype in which a frozen parameter is held: config.frozen_dtype, or its own where that is of whole numbers."""
+    return jnp.dtype(config.frozen_dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
+
+
 def place_frozen(paths: Sequence[str], given: Mapping[str, Any], mesh: Mesh, config: TrainConfig) -> dict[str, Any]:
     """The frozen parameters on the mesh, in config.frozen_dtype; UserError naming those that nobody provides."""
     missing = [path for path in paths if path not in given]
@@ -286,8 +297,6 @@ def place_frozen(paths: Sequence[str], given: Mapping[str, Any], mesh: Mesh, con
             f"{len(missing)} frozen parameters have no source (e.g. {', '.join(missing[:3])}): "
             "name the stage or file they come from under the stage's `init`"
         )
-    dtype = jnp.dtype(config.frozen_dtype)
-    cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    frozen = {path: cast(given[path]) for path in paths}
+    frozen = {path: given[path].astype(frozen_dtype(given[path].dtype, config)) for path in paths}
     shardings = sharding.param_shardings(frozen, mesh, config.rules, config.min_shard_size)
     return jax.device_put(frozen, shardings)

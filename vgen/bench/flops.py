@@ -30,23 +30,27 @@ def gradients(task: Any, batch: Mapping[str, Any], step: int = 0) -> tuple[Calla
     return jax.value_and_grad(loss), (trained, frozen, dict(batch), key)
 
 
-def count(function: Callable[..., Any], *arguments: Any) -> float:
+def count(function: Callable[..., Any], *arguments: Any, steps: int | None = None) -> float:
     """Operations of one call; arguments: arrays, or their shape structs.
 
     XLA counts the body of a loop once: what a scan repeats is counted as often as it runs.
-    Raises ValueError for a loop whose length is not in the program.
+    steps: how often a loop runs whose length is not in the program.  Raises ValueError for one without it.
     """
-    return _count(jax.make_jaxpr(function)(*arguments))
+    return _count(jax.make_jaxpr(function)(*arguments), steps)
 
 
-def _count(program: core.ClosedJaxpr) -> float:
+def _count(program: core.ClosedJaxpr, steps: int | None) -> float:
     total = _xla(program)
     for equation in _loops(program.jaxpr):
         if equation.primitive.name == "while":
-            raise ValueError("count: a loop whose length is not in the program; give it a number of steps")
+            if steps is None:
+                raise ValueError("count: a loop whose length is not in the program; give it a number of steps")
+            body = equation.params["body_jaxpr"]
+            total += steps * _count(body, steps) - _xla(body)
+            continue
         body, length, unroll = (equation.params[name] for name in ("jaxpr", "length", "unroll"))
         there = length if unroll >= length else unroll + length % unroll  # copies of the body in the program
-        total += length * _count(body) - there * _xla(body)
+        total += length * _count(body, steps) - there * _xla(body)
     return total
 
 

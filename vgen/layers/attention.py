@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float
 
+from vgen import platform
 from vgen.layers import attention_kernels as kernels
 from vgen.layers.linear import linear
 from vgen.types import AttentionControl, Step
@@ -125,7 +126,7 @@ def _seen(mask, causal, n, m):
 def _has_fused_kernel(q, k, v, mask, bias):
     """Whether cuDNN's flash attention takes these arrays (its rules for head size and padded lengths)."""
     half = q.dtype in (jnp.bfloat16, jnp.float16) and q.dtype == k.dtype == v.dtype
-    if jax.default_backend() != "gpu" or not half or bias is not None:  # it gives some bias shapes no gradient
+    if platform.backend() != "gpu" or not half or bias is not None:  # it gives some bias shapes no gradient
         return False
     device = jax.local_devices()[0]
     if "NVIDIA" not in device.device_kind or float(getattr(device, "compute_capability", 0)) < 8:

@@ -14,6 +14,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from vgen import platform
+
 LARGE = 2**18  # logits per head; from here on chunks are faster on a CPU, and below it all is cheap
 TILE = 2**21  # logits that a chunk holds at most, 8 MiB of float32
 LANES = 128  # of a TPU: what lengths and head sizes are filled up to
@@ -21,7 +23,7 @@ LANES = 128  # of a TPU: what lengths and head sizes are filled up to
 
 def wants_chunks(q: Array, k: Array) -> bool:
     """Whether q [b, n, h, d] and k [b, m, h, d] are large, and on a CPU."""
-    return jax.default_backend() == "cpu" and q.shape[1] * k.shape[1] >= LARGE
+    return platform.backend() == "cpu" and q.shape[1] * k.shape[1] >= LARGE
 
 
 def chunked(
@@ -103,7 +105,7 @@ def _look(q, k, v, mask, bias, start, causal):
 def has_flash(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None) -> bool:
     """Whether `flash` takes these arrays, on a TPU, and they are large enough for it to be worth while."""
     kind = q.dtype in (jnp.bfloat16, jnp.float32) and q.dtype == k.dtype == v.dtype
-    if jax.default_backend() != "tpu" or not kind or bias is not None or q.shape[1] * k.shape[1] < 4 * LARGE:
+    if platform.backend() != "tpu" or not kind or bias is not None or q.shape[1] * k.shape[1] < 4 * LARGE:
         return False
     if mask is not None and mask.shape[1:3] != (1, 1):
         return False  # the kernel knows which keys count, and no mask that differs between queries

@@ -1,0 +1,145 @@
+"""Plans: the real steps compiled ahead of time, what they are said to take, and what is tried where it does not fit."""
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+
+import jax
+import pytest
+
+from tests.toy_config import get_config
+from vgen import plan
+from vgen.config import to_dict
+from vgen.main import main
+from vgen.stages import Run
+
+ROOT = Path(__file__).parents[1]
+TOY = f"--config={ROOT}/tests/toy_config.py"
+CHIP = plan.Chip(flops=1e12, memory=1e9, bandwidth=1e10, network=1e9, chips=0.5, watts=200.0)
+
+
+def here(**chip):
+    """One device of this machine, said to be a chip."""
+    return plan.target("cpu:1")._replace(chip=dataclasses.replace(CHIP, **chip))
+
+
+def test_a_run_is_planned_before_it_has_data_or_weights(tmp_path):
+    """Numbers of the toy's two stages by hand; nothing is written."""
+    report = plan.plan(get_config(), tmp_path / "run", here())
+    assert list(report["train"]) == ["first", "second"] and report["fits"] and not (tmp_path / "run").exists()
+    first, second = report["train"].values()
+    run = Run(get_config(), tmp_path)
+    made = jax.eval_shape(run.task("first").init, jax.random.key(0), plan.batch_shapes(run, "first"))
+    sizes = {part: sum(x.size for x in made[part].values()) for part in ("dense", "fixed")}
+    assert first["parameters"] == dict(trained=sum(sizes.values()), frozen=0)  # its first stage trains both
+    assert second["parameters"] == dict(trained=sizes["dense"], frozen=sizes["fixed"])
+    assert first["steps"] == run.train_config("first").steps
+    seconds = first["bound"]
+    assert seconds["step"] == max(seconds["computing"], seconds["memory"], seconds["network"]) > 0
+    assert seconds["computing"] == pytest.approx(first["flops"] / 1e12)
+    assert seconds["memory"] == pytest.approx(first["memory_bytes_moved"] / 1e10)
+    hours = seconds["step"] * first["steps"] * 0.5 / 3600
+    assert first["chip_hours"] == pytest.approx(hours) and first["kilowatt_hours"] == pytest.approx(hours * 0.2)
+    assert first["images_per_second"] == pytest.approx(first["batch_size"] / seconds["step"])
+    held = first["bytes"]
+    assert held["peak"] == held["arguments"] + held["outputs"] - held["shared"] + held["temporaries"]
+    assert held["shared"] > 0, "the state's memory is given away"
+    assert set(report["sample"]) == set(run.config.generate["stages"])
+    text = "\n".join(plan.lines(report))
+    assert "train first: 0.0M trained" in text and "images/s" in text and "sample second" in text
+
+
+@pytest.mark.parametrize("name", ["pixart", "sam", "clip"])
+def test_batches_have_the_shapes_of_the_data(name, tmp_path, tiny_runs):
+    """All that the pipeline gives is foreseen, with its shape and type; labels may be more than it has."""
+    run = tiny_runs(ROOT / "configs" / f"{name}.py")
+    for stage in run.config.order:
+        with run.batches(stage) as batches:
+            batch = next(iter(batches))
+        foreseen = plan.batch_shapes(run, stage)
+        given = {key: value for key, value in batch.items() if key not in ("index", "caption")}
+        assert set(given) <= set(foreseen), stage
+        assert {key: (x.shape, x.dtype) for key, x in given.items()} == {
+            key: (foreseen[key].shape, foreseen[key].dtype) for key in given
+        }
+
+
+def test_features_are_foreseen():
+    """Of a stage that trains on what its frozen encoders said: no encoder is among its parameters."""
+    config = runpy.run_path(str(ROOT / "configs" / "pixart.py"))["get_config"]("small")
+    run = Run(config, "nowhere")
+    shapes = plan.batch_shapes(run, "alignment")
+    size = config.stages.alignment.task.network.sample_size
+    assert shapes["latent_mean"].shape[:3] == (256, size, size) and "image" not in shapes and "text" in shapes
+
+
+def test_what_is_too_large_is_said_and_helped(tmp_path, capsys, monkeypatch):
+    """Exit code 3, plan.json, and the first setting under which it fits."""
+    small = here(memory=1.0)
+    monkeypatch.setattr(plan, "target", lambda name: small)
+    args = ["vgen", TOY, f"--workdir={tmp_path}", "--mode=plan", "--topology=cpu:1", "--stage=first"]
+    assert main(args) == 3
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT" in out and "none fits; take more or larger devices" in out
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["fits"] is False and written["fitting"] == {"first": None} and list(written["train"]) == ["first"]
+
+    peak = lambda config, *args, **kwargs: dict(fits=config["stages"]["first"]["train"].get("accumulate", 1) >= 4)
+    monkeypatch.setattr(plan, "plan", peak)
+    found = plan.fitting(get_config(), tmp_path, "first", here())
+    assert found["stages.first.train.accumulate"] == 4
+
+
+def test_changes_are_tried_from_the_cheapest_on():
+    config = to_dict(runpy.run_path(str(ROOT / "configs" / "dit.py"))["get_config"]("mini"))
+    config["stages"]["dit"]["task"]["network"]["remat"] = "none"
+    tried = list(plan.changes(config, "dit", 8))
+    assert tried[0] == {"mesh.data": -1, "mesh.fsdp": 8}
+    assert tried[1] == {"stages.dit.task.network.remat": "full"} and tried[2] == tried[0] | tried[1]
+    assert [each["stages.dit.train.accumulate"] for each in tried[3:]] == [2, 4]  # 32 pictures on 8 devices
+    assert plan.changed(config, tried[2])["mesh"]["fsdp"] == 8 and config["mesh"]["fsdp"] == 1
+
+
+@pytest.mark.parametrize(
+    ("topology", "sentence"),
+    [
+        (None, "--mode=plan needs --topology"),
+        ("cpu:0", "expected cpu:N"),
+        ("cpu:many", "expected cpu:N"),
+        ("cpu:513", "expected cpu:N, 1 to 512"),
+        ("cpu:512", "JAX runs already"),
+        ("v4", "expected such as v4:4x4x16"),
+        ("h100:8", "expected such as v4:4x4x16"),
+        ("v4:3x3x3x3", "libtpu does not know it, or is not installed"),
+    ],
+)
+def test_bad_topologies(topology, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vgen.main._emulate_devices", lambda count: None)  # it tells later processes, too
+    given = [f"--topology={topology}"] if topology else []
+    assert main(["vgen", TOY, f"--workdir={tmp_path}/run", "--mode=plan", *given]) == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_loops_until_a_draw_is_accepted_count_once(tmp_path):
+    """Of Mixup's Beta distribution, say: how often they run nobody knows."""
+    config = runpy.run_path(str(ROOT / "configs" / "vit.py"))["get_config"]("tiny")
+    config.stages.vit.task.mixup = 0.2
+    report = plan.plan(config, tmp_path, here())
+    assert report["train"]["vit"]["flops"] > 1e4 and report["train"]["vit"]["memory_bytes_moved"] > 1e4
+
+
+def test_chips_are_per_device():
+    """libtpu's v4 has two devices a chip: together they are the published 275 TFLOP/s and 32 GiB."""
+    chip = plan.CHIPS["TPU v4"]
+    assert (chip.flops / chip.chips, chip.memory / chip.chips) == (275e12, 32 * 2**30)
+    assert all(each.memory >= 2**33 and 1e13 < each.flops < 1e16 for each in plan.CHIPS.values())
+
+
+def test_programs_may_be_for_another_platform():
+    from vgen import platform
+
+    assert platform.backend() == jax.default_backend()
+    with platform.target("tpu"):
+        assert platform.backend() == "tpu"
+    assert platform.backend() == jax.default_backend()
