@@ -30,8 +30,8 @@ Published numbers
 
 Measured numbers
   mini, 21 minutes of two CPU cores beside other work.  What it draws has the layout and mostly the colours that were
-  asked for, and outlines that the oracle does not read: of 256 held-out captions, seed 0, guidance 2, the best of eight,
-  no picture is all right (colour 0.25, shape 0.13).  The tokenizer is at fault: PSNR 20.9 dB on held-out scenes where
+  asked for, and outlines that the oracle does not read: of 256 held-out captions, seed 0, guidance 2, best of eight, no
+  picture is all right (colour 0.25, shape 0.13).  The tokenizer is at fault: PSNR 20.9 dB on held-out scenes where
   VQ-GAN's of as many tokens has 28.9, with 71 % of 256 codes used.  With the KL at 1 and warmed up, and no least scale,
   it was 18.2 dB and 11 %, in two colours.  CLIP's choice is not to be measured on such pictures.
 """
