@@ -83,10 +83,11 @@ def test_local_dry_run():
 
 
 def test_local_starts_all_and_ends_all_when_one_fails(tmp_path):
-    """Process 0 would wait for ever; process 1 fails with code 7."""
+    """Process 0 would wait for ever; process 1 fails with code 7 once process 0 is there."""
     python = program(
         tmp_path / "python",
-        f"touch {tmp_path}/started$VGEN_PROCESS_ID; [[ $VGEN_PROCESS_ID == 0 ]] || exit 7; exec sleep 50",
+        f"cd {tmp_path}; touch started$VGEN_PROCESS_ID; [[ $VGEN_PROCESS_ID == 0 ]] && exec sleep 50\n"
+        "until [[ -e started0 ]]; do sleep 0.02; done; exit 7",
     )
     done = run("local.sh", "--processes=2", "--", "--config=c", env={"PYTHON": python})
     assert done.returncode == 7
