@@ -22,8 +22,7 @@ Published numbers
 Measured numbers
   mini, 14 minutes of one CPU core beside other work, 900 steps of 128.  256 scenes of pairs that training shows: recall
   at 1 of captions 0.59, of pictures 0.65 (at 5 0.93, 0.98), zero-shot classes 0.81; of pairs that it never shows 0.32,
-  0.48 and 0.21.  CLIP's own mini, in 1200 steps: 0.70, 0.64, 1.00 and 0.45, 0.53, 0.48: small scenes leave little to be
-  attended to, and the terms between views say nothing of words.
+  0.48 and 0.21.  CLIP's own mini, in 1200 steps: 0.70, 0.64, 1.00 and 0.45, 0.53, 0.48.
 """
 
 from ml_collections import ConfigDict

@@ -39,8 +39,8 @@ Measured numbers
     2 (default)   colour 0.82  shape 0.72  relation 0.68  scene_exact 0.50
     3             colour 0.82  shape 0.70  relation 0.71  scene_exact 0.48
     5             colour 0.41  shape 0.42  relation 0.18  scene_exact 0.10
-  What is wrong is mostly that the second object is missing (count 0.68; backgrounds 1.00), which is decided where there
-  is hardly any signal; configs/ldm.py, of a flow in the same latents, draws 0.70 right.  By DDIM on trailing times 0.47
+  What is wrong is mostly the number of objects (count 0.68; backgrounds 1.00); configs/ldm.py, of a flow in latents of
+  the same kind, draws 0.70 right.  By DDIM on trailing times 0.47
   at 2 and 0.51 at 3.
 """
 
@@ -94,7 +94,7 @@ def _tiny():
 
 
 def _mini():
-    """Of v, as 2.1 is, and at late times more often: on small plain latents eps is told where nothing is decided."""
+    """Of v, as 2.1 is, and trained at late times more often, as configs/ldm.py is."""
     return _world(
         size=32, world=recipes.TOLD, vae_world=recipes.FREE, asked_world=recipes.LATTICE, cached=60_000, eval_count=512,
         vae=recipes.KL["mini"], autoencoder=recipes.AUTOENCODING["mini"],

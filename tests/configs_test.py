@@ -12,8 +12,8 @@ import pytest
 from jax.extend import core
 
 from tests.conftest import quick_compilation
+from vgen import recipes, trees
 from vgen import state as states
-from vgen import trees
 from vgen.config import to_dict
 from vgen.convert import schedulers
 from vgen.convert.amused import UVIT
@@ -200,6 +200,14 @@ def sizes(run: Run, name: str) -> dict[str, int]:
         part = re.match(parts, path).group()
         counts[part] = counts.get(part, 0) + leaf.size
     return counts
+
+
+def test_the_classes_drawn_at_the_end_are_of_all_shapes_and_most_colours():
+    """Of 6 colours times 4 shapes, and of few classes all or nearly."""
+    drawn = [divmod(int(prompt), 4) for prompt in recipes.class_prompts(24)]
+    assert len(drawn) == 8 and {shape for _, shape in drawn} == {0, 1, 2, 3}
+    assert len({colour for colour, _ in drawn}) >= 5
+    assert recipes.class_prompts(2) == ("0", "1") and len(recipes.class_prompts(10)) >= 7
 
 
 def test_muse_has_its_published_sizes():

@@ -35,7 +35,7 @@ def test_a_run_is_planned_before_it_has_data_or_weights(tmp_path):
     assert first["parameters"] == dict(trained=sum(sizes.values()), frozen=0)  # its first stage trains both
     assert second["parameters"] == dict(trained=sizes["dense"], frozen=sizes["fixed"])
     assert first["steps"] == run.train_config("first").steps
-    seconds = first["bound"]
+    seconds = first["roofline"]
     assert seconds["step"] == max(seconds["computing"], seconds["memory"], seconds["network"]) > 0
     assert seconds["computing"] == pytest.approx(first["flops"] / 1e12)
     assert seconds["memory"] == pytest.approx(first["memory_bytes_moved"] / 1e10)
@@ -133,7 +133,7 @@ def test_chips_are_per_device():
     """libtpu's v4 has two devices a chip: together they are the published 275 TFLOP/s and 32 GiB."""
     chip = plan.CHIPS["TPU v4"]
     assert (chip.flops / chip.chips, chip.memory / chip.chips) == (275e12, 32 * 2**30)
-    assert all(each.memory >= 2**33 and 1e13 < each.flops < 1e16 for each in plan.CHIPS.values())
+    assert all(each.memory > 1.5e10 and 1e13 < each.flops < 1e16 for each in plan.CHIPS.values())
 
 
 def test_programs_may_be_for_another_platform():

@@ -112,6 +112,8 @@ def test_the_best_of_several_is_kept(weights, tmp_path, monkeypatch):
     assert (plain(prompts)["second"] == system(prompts, of=1)["second"]).all()
     with pytest.raises(UserError, match="of=2: no stage judges the pictures of toy"):
         plain(prompts, of=2)
+    with pytest.raises(UserError, match="of=0: expected at least 1"):
+        system(prompts, of=0)
     with pytest.raises(ConfigError, match="config.generate.choose: .*of must be at least 1, got 0"):
         untold(weights[0], tmp_path / "run", classes=6, choose=dict(stage="second", of=0))
     with pytest.raises(UserError, match="there is no stage 'clip'"):

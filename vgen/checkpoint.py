@@ -4,13 +4,14 @@ Layout of a stage's folder: `checkpoints/<step>/{weights,average,rest,meta}` wri
 `checkpoints/<step>.crc.json`, the sizes and checksums of its files, added once the step is complete.
 """
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,8 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True, create=True
             )
-        absl_log = logging.getLogger("absl")
-        level = absl_log.level
-        absl_log.setLevel(logging.ERROR)  # orbax warns that read_only is read_only
-        try:
+        with quiet():  # orbax warns that read_only is read_only
             self.manager = ocp.CheckpointManager(self.folder, options=options)
-        finally:
-            absl_log.setLevel(level)
 
     def steps(self) -> list[int]:
         """The complete steps on disk, oldest first."""
@@ -177,6 +173,18 @@ class Checkpoints:
             (self.folder / str(step)).rename(target)
             self._seal(step).unlink(missing_ok=True)
         self.manager.reload()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Orbax says errors alone."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _split(state: State) -> dict[str, Any]:

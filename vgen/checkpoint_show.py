@@ -1,8 +1,6 @@
 """What a run's checkpoints hold, read from their metadata, with no array loaded: python -m vgen.checkpoint show DIR."""
 
 import argparse
-import json
-import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -13,17 +11,19 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vgen.checkpoint import Checkpoints
+from vgen.checkpoint import Checkpoints, quiet
 from vgen.config import UserError
-from vgen.convert.formats import Stored
+from vgen.convert.formats import Stored, read_json
 from vgen.convert.show import size, total, tree
 
 ITEMS = ("weights", "average", "rest")
 
 
 class Array(NamedTuple):
-    """An array of a checkpoint, and how it was split when it was saved: mesh {axis: devices}, one axis or none for each
-    of its first dimensions."""
+    """An array of a checkpoint, and how it was split when it was saved.
+
+    mesh: (axis, devices) of each.  split: of the array's first dimensions, the mesh's axis or "".
+    """
 
     stored: Stored
     mesh: tuple[tuple[str, int], ...]
@@ -59,7 +59,7 @@ def lines(folder: Path, step: int | None = None, arrays: bool = False) -> Iterat
     stages = [folder] if (folder / "checkpoints").is_dir() else _stages(folder)
     root = folder if (folder / "config.json").exists() else folder.parent
     if (root / "config.json").exists():
-        config = _json(root / "config.json")
+        config = read_json(root / "config.json")
         yield f"{root}: {config.get('name')}, seed {config.get('seed')}, stages {', '.join(config.get('order', ()))}"
     for stage in stages:
         yield from _stage(stage, step, arrays)
@@ -69,13 +69,14 @@ def _stages(folder: Path) -> list[Path]:
     found = [path.parent for path in folder.glob("*/checkpoints") if path.is_dir()]
     if not found:
         raise UserError(f"{folder} holds no checkpoints: give a workdir, or the folder of a stage in one")
-    order = _json(folder / "config.json").get("order", []) if (folder / "config.json").exists() else []
+    order = read_json(folder / "config.json").get("order", []) if (folder / "config.json").exists() else []
     return sorted(found, key=lambda path: (order.index(path.name) if path.name in order else len(order), path.name))
 
 
 def _stage(folder: Path, step: int | None, arrays: bool) -> Iterator[str]:
     checkpoints = Checkpoints(folder, read_only=True)
     steps = checkpoints.steps()
+    checkpoints.close()
     if not steps:
         raise UserError(f"{folder / 'checkpoints'} holds no complete checkpoint")
     if step is not None and step not in steps:
@@ -87,7 +88,7 @@ def _stage(folder: Path, step: int | None, arrays: bool) -> Iterator[str]:
     sealed = "with checksums" if place.with_name(f"{step}.crc.json").exists() else "without checksums"
     disk = size(sum(path.stat().st_size for path in files))
     yield f"{folder.name}: step {step}{f' (also {others})' if others else ''}, {disk} on disk, {sealed}"
-    meta = _json(place / "meta" / "metadata")
+    meta = read_json(place / "meta" / "metadata")
     for name in ITEMS:
         if not (place / name).is_dir():
             continue
@@ -105,15 +106,11 @@ def _stage(folder: Path, step: int | None, arrays: bool) -> Iterator[str]:
 
 def _arrays(folder: Path) -> dict[str, Array]:
     """{path: what is known} of an item of a checkpoint."""
-    absl_log = logging.getLogger("absl")
-    level = absl_log.level
-    absl_log.setLevel(logging.ERROR)  # orbax misses a file of the step in the folder of an item
     try:
-        found: Any = ocp.StandardCheckpointer().metadata(folder)
+        with quiet(), ocp.StandardCheckpointer() as reader:  # it misses a file of the step in the folder of an item
+            found: Any = reader.metadata(folder)
     except Exception as error:  # noqa: BLE001  orbax and tensorstore raise many kinds for a damaged file
         raise UserError(f"{folder}: its metadata cannot be read ({' '.join(str(error).split())[:200]})") from None
-    finally:
-        absl_log.setLevel(level)
     found = getattr(found, "item_metadata", found)
     rows = jax.tree_util.tree_flatten_with_path(getattr(found, "tree", found))[0]
     if not rows:  # what orbax makes of damaged files
@@ -142,13 +139,3 @@ def _splits(held: dict[str, Array]) -> dict[str, str]:
             counts[how] += 1
             nbytes[how] += array.stored.nbytes
     return {how: f"{count} arrays, {size(nbytes[how])}" for how, count in counts.most_common()}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"cannot read {path}: expected a JSON object, got {type(found).__name__}")
-    return found

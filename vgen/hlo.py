@@ -92,13 +92,8 @@ def _instruction(name: str, text: str) -> Instruction | None:
     close = _closing(text, start)
     inside = text[start + 1 : close]
     literal = call[1] in ("constant", "parameter")  # a value, a number
-    operands = (inside,) if literal else tuple(re.findall(r"%([\w.\-]+)", inside)) or _bare(inside)
+    operands = (inside,) if literal else tuple(re.findall(r"%([\w.\-]+)", inside))
     return Instruction(name, text[: end + 1], call[1], operands, text[close + 1 :])
-
-
-def _bare(text: str) -> tuple[str, ...]:
-    """Operands of a text without percent signs: the last word of each."""
-    return tuple(part.split()[-1] for part in text.split(", ") if re.fullmatch(r".*[A-Za-z_][\w.\-]*", part))
 
 
 def _closing(text: str, start: int) -> int:

@@ -34,7 +34,8 @@ class Chip:
     """A device as JAX counts them, of which a chip may have two.
 
     flops: dense bfloat16 operations a second.  memory: bytes.  bandwidth: of the memory, network: of the links between
-    chips, bytes a second.  chips: share of a chip that a device is.  watts: of a chip, mean at work (0: not published).
+    chips, one way, bytes a second.  chips: share of a chip that a device is.  watts: of a chip, mean at work (0: not
+    published).
     """
 
     flops: float
@@ -45,14 +46,14 @@ class Chip:
     watts: float = 0.0
 
 
-# By `device_kind`.  Google's pages of TPU v3, v4, v5e, v5p and v6e (cloud.google.com/tpu/docs); watts: Jouppi et al.
-# 2023 (arXiv:2304.01433), table 4.  libtpu counts the cores of v3 and v4 one by one.
+# By `device_kind`; Google's pages of each (cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e).  Network: half of what the
+# two ways are together, of v3 and v4 a pod's rate of all-reduce by its chips.  libtpu counts the cores of these singly.
 CHIPS = {
-    "TPU v3": Chip(61.5e12, 16 * GIB, 450e9, 41e9, 0.5, 220),
-    "TPU v4": Chip(137.5e12, 16 * GIB, 614e9, 150e9, 0.5, 170),
-    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9),
+    "TPU v3": Chip(61.5e12, 16 * GIB, 450e9, 166e9, 0.5, 220),
+    "TPU v4": Chip(137.5e12, 16 * GIB, 600e9, 134e9, 0.5, 170),
+    "TPU v5 lite": Chip(197e12, 16e9, 819e9, 200e9),
     "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 600e9),
-    "TPU v6 lite": Chip(918e12, 32 * GIB, 1640e9, 448e9),
+    "TPU v6 lite": Chip(918e12, 32e9, 1638e9, 400e9),
 }
 
 
@@ -130,12 +131,12 @@ def _placed(shapes, places):
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
-def _frozen(run: Run, name: str, layout: states.Layout, paths) -> dict[str, jax.ShapeDtypeStruct]:
+def _held(run: Run, name: str, layout: states.Layout, paths) -> dict[str, jax.ShapeDtypeStruct]:
+    """Parameters as they are held when they are not trained; of an imported stage all are frozen."""
     config = run.train_config(name)
-    shapes = {
-        path: jax.ShapeDtypeStruct(x.shape, frozen_dtype(x.dtype, config))
-        for path, x in layout.shapes.items() if path in set(paths)
-    }  # fmt: skip
+    frozen = set(layout.frozen) if config.steps else set(layout.shapes)
+    dtype = lambda path, x: frozen_dtype(x.dtype, config) if path in frozen else x.dtype
+    shapes = {path: jax.ShapeDtypeStruct(x.shape, dtype(path, x)) for path, x in layout.shapes.items() if path in paths}
     return _placed(shapes, sharding.param_shardings(shapes, run.mesh, config.rules, config.min_shard_size))
 
 
@@ -145,7 +146,7 @@ def train_step(run: Run, name: str):
     layout = states.Layout(run.task(name), batch, config.groups)
     make, shardings, step, _ = program(run.task(name), config, layout, run.mesh)
     state = _placed(jax.eval_shape(make, _key(), {}), shardings)
-    return step, (state, _frozen(run, name, layout, layout.frozen), batch)
+    return step, (state, _held(run, name, layout, set(layout.frozen)), batch)
 
 
 def sample_steps(run: Run) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
@@ -158,7 +159,7 @@ def sample_steps(run: Run) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     conds: dict[str, Any] = {}
     for name in generate["stages"]:
         layout = states.Layout(run.task(name), batch_shapes(run, name), run.train_config(name).groups)
-        params = trees.unflatten(_frozen(run, name, layout, layout.frozen) | _held(run, name, layout))
+        params = trees.unflatten(_held(run, name, layout, layout.shapes))
         told = batch_shapes(run, name, batch_size)
         if getattr(run.sampler(name), "writes", False):
             conds |= {"image": told["image"]}
@@ -174,12 +175,6 @@ def sample_steps(run: Run) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         arguments = (params, _key(), dict(conds), knobs)
         yield name, call, arguments
         conds |= jax.eval_shape(call, *arguments)
-
-
-def _held(run: Run, name: str, layout: states.Layout) -> dict[str, jax.ShapeDtypeStruct]:
-    config = run.train_config(name)
-    shapes = {path: x for path, x in layout.shapes.items() if path not in set(layout.frozen)}
-    return _placed(shapes, sharding.param_shardings(shapes, run.mesh, config.rules, config.min_shard_size))
 
 
 # -------------------------------------------------------------------------------------------------------- what it takes
@@ -215,7 +210,7 @@ def measured(function, arguments, target: Target, steps: int = 1) -> dict[str, A
     return found
 
 
-def bound(found: Mapping[str, Any], chip: Chip) -> dict[str, float]:
+def roofline(found: Mapping[str, Any], chip: Chip) -> dict[str, float]:
     """Seconds that computing, memory and network take at their published rates; "step": the longest of them."""
     sent = sum(each["bytes"] for each in found["collectives"].values())
     each = {
@@ -226,7 +221,7 @@ def bound(found: Mapping[str, Any], chip: Chip) -> dict[str, float]:
 
 
 def plan_stage(run: Run, name: str, target: Target) -> dict[str, Any]:
-    """Of a stage's training: parameters, `measured`, and with a known chip `bound` and what the whole of it costs."""
+    """Of a stage's training: parameters, `measured`, and with a known chip `roofline` and what all of it costs."""
     config = run.train_config(name)
     with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh):
         step, arguments = train_step(run, name)
@@ -236,7 +231,7 @@ def plan_stage(run: Run, name: str, target: Target) -> dict[str, Any]:
     found["parameters"] = {"trained": count(state.params.values()), "frozen": count(frozen.values())}
     found |= {"steps": config.steps, "batch_size": config.batch_size, "accumulate": config.accumulate}
     if target.chip:
-        seconds = found["bound"] = bound(found, target.chip)
+        seconds = found["roofline"] = roofline(found, target.chip)
         hours = seconds["step"] * config.steps * len(target.devices) * target.chip.chips / 3600
         found |= {"images_per_second": config.batch_size / seconds["step"], "chip_hours": hours}
         if target.chip.watts:
@@ -244,10 +239,10 @@ def plan_stage(run: Run, name: str, target: Target) -> dict[str, Any]:
     return found
 
 
-def plan(config, workdir, target: Target, stages: Sequence[str] = (), sample: bool = True) -> dict[str, Any]:
+def plan(config, workdir, target: Target, stages: Sequence[str] = ()) -> dict[str, Any]:
     """The report on a config: {"target", "mesh", "train": {stage: ...}, "sample": {stage: ...}, "fits"}.
 
-    stages: only these.  sample: also what makes pictures.
+    stages: only the training of these.
     """
     run = Run(config, workdir, devices=list(target.devices))
     report: dict[str, Any] = {
@@ -260,7 +255,7 @@ def plan(config, workdir, target: Target, stages: Sequence[str] = (), sample: bo
     for name in stages or run.config.order:
         if run.train_config(name).steps:
             report["train"][name] = plan_stage(run, name, target)
-    if sample and run.config.generate and not stages:
+    if run.config.generate and not stages:
         with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh):
             for name, function, arguments in sample_steps(run):
                 knobs = run.config.generate.get("knobs", {}).get(name, {})
@@ -321,7 +316,7 @@ def fitting(config, workdir, name: str, target: Target) -> dict[str, Any] | None
     config = to_dict(config)
     for settings, _ in zip(changes(config, name, len(target.devices)), range(TRIES)):
         try:
-            report = plan(changed(config, settings), workdir, target, [name], sample=False)
+            report = plan(changed(config, settings), workdir, target, [name])
         except ConfigError:  # a rule that does not divide over this mesh
             continue
         if report["fits"]:
@@ -358,8 +353,8 @@ def _told(kind: str, name: str, found: Mapping[str, Any], memory: float | None) 
     yield f"  one {call}   {found['flops'] / 1e9:,.2f} GFLOP and {size(found['memory_bytes_moved'])} a device"
     for operation, each in found["collectives"].items():
         yield f"  {operation:<18} {each['count']:>6}, {size(each['bytes'])} in all"
-    if "bound" in found:
-        each = found["bound"]
+    if "roofline" in found:
+        each = found["roofline"]
         parts = ", ".join(f"{part} {each[part] * 1e3:.1f}" for part in ("computing", "memory", "network"))
         rate = found["images_per_second"]
         yield f"  roofline   {each['step'] * 1e3:.1f} ms a step ({parts}): {rate:,.0f} images/s"

@@ -145,9 +145,11 @@ class System:
         Raises UserError for a knob that no stage has, for more steps than a stage can take, for a prompt that is no
         class, and for a choice where nothing judges.
         """
-        of = of or (self.choice.of if self.choice else 1)
-        if of > 1 and not self.choice:
-            raise UserError(f"of={of}: no stage judges the pictures of {self.run.config.name}; see generate.choose")
+        usual = self.choice.of if self.choice else 1
+        of = usual if of is None else of
+        if of < 1 or (of > 1 and not self.choice):
+            reason = "expected at least 1" if of < 1 else f"no stage judges the pictures of {self.run.config.name}"
+            raise UserError(f"of={of}: {reason}; see generate.choose")
         self._check_overrides(overrides)
         edited, told = self._edited(image, mask), self._told(prompts, negative)
         results: dict[str, list[Any]] = {name: [None] * len(prompts) for name in (stages or self.names)}

@@ -34,6 +34,7 @@ def test_gradients_and_counted_steps():
     assert flops.count(lambda x: power(x, 8), SHAPE) == pytest.approx(8 * ONE, rel=0.01)
     with pytest.raises(ValueError, match="length is not in the program"):
         flops.count(power, SHAPE, claims.ints())
+    assert flops.count(power, SHAPE, claims.ints(), steps=5) == pytest.approx(5 * ONE, rel=0.01)
 
 
 def check(only, out):

@@ -177,6 +177,9 @@ def test_losses_against_torch(x64):
         return -d.TransformedDistribution(d.Laplace(mu, log_b.exp()), [d.SigmoidTransform()]).log_prob(x)
 
     compared(lambda s: logit_laplace(s, jnp.asarray(images)), likelihood, [jnp.asarray(statistics)])
+    floor = lambda s: likelihood(torch.cat([s[..., :3], s[..., 3:].clamp(min=float(np.log(0.8)))], -1))
+    assert (statistics[..., 3:] < np.log(0.8)).any() and (statistics[..., 3:] > np.log(0.8)).any()
+    compared(lambda s: logit_laplace(s, jnp.asarray(images), 0.8), floor, [jnp.asarray(statistics)])
     logits = jnp.asarray(rng.standard_normal((2, 3, 7)) * 2)
     uniform = d.Categorical(torch.full((7,), 1 / 7, dtype=torch.float64))
     compared(kl_to_uniform, lambda x: d.kl_divergence(d.Categorical(logits=x), uniform), [logits])

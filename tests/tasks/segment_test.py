@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from tests.convert.tables import quick  # noqa: F401  a fixture
+from vgen.data import images
 from vgen.data.scenes import Scenes
 from vgen.metrics import segment_eval
+from vgen.models import sam_prompt
 from vgen.models.clip import CLIP, ImageTower, TextTower, clip_vit
 from vgen.models.sam import SAM
 from vgen.models.sam_decoder import Masks
@@ -235,6 +237,15 @@ def test_what_clip_says_takes_the_place_of_the_first_prompt(monkeypatch):
     assert len(heard) >= 2 and all(heard)  # in the rounds behind the first one too
     monkeypatch.undo()
 
+    none, vector = sam_prompt.no_prompt((4, 1), 1), jnp.zeros((4, 1, 6)).at[:, 0, 2].set(1.0)
+    _, kept = NET.clone(text_dim=6).apply(
+        {"params": params["network"]}, TOLD.encode(params, BATCH["image"]), none.points, none.labels, method="decode",
+        slots=True, text=vector, capture_intermediates=lambda module, _: module.name == "text", mutable="intermediates",
+    )  # fmt: skip
+    layer = params["network"]["text"]
+    (said,) = kept["intermediates"]["text"]["__call__"]
+    np.testing.assert_allclose(said[0, 0], 6**0.5 * layer["kernel"][2] + layer["bias"], rtol=1e-5)  # as loud as a click
+
     words = TOLD.words_of(params, jnp.array([[4, 5, 1, 0, 0], [6, 1, 0, 0, 0]]))
     apart = segment_eval.by_words(TOLD, params, BATCH["image"], BATCH["masks"][:, :2], words[None].repeat(4, 0))
     assert apart.shape == (4, 2, 2) and ((apart >= 0) & (apart <= 1)).all()
@@ -273,6 +284,9 @@ def test_what_is_measured_and_shown(params):
     assert 1 >= scores["iou_best_of_three"] >= scores["iou_one_click"] >= 0
     shown = TASK.show(params, BATCH, KEY)["masks"]
     assert shown.dtype == np.uint8 and shown.shape[1] > 6 * 16
+    empty = TASK.show(params, BATCH | {"masks": jnp.zeros_like(BATCH["masks"])}, KEY)["masks"]
+    plain = images.grid(np.repeat(np.asarray(BATCH["image"]), 3, 0), columns=6)
+    np.testing.assert_array_equal(empty, plain)  # where there is no object nothing is painted
 
 
 @pytest.mark.slow

@@ -285,8 +285,9 @@ class Segment:
 
     def show(self, params: Params, batch: Batch, key) -> dict[str, np.ndarray]:
         """{"masks"}: for eight pictures their objects, and masks after one click and three, each object in a colour."""
-        _, found = segment_eval.interactive(self, params, batch["image"], batch["masks"])
-        views: list[Any] = [batch["masks"], found["one"], found["three"]]
+        row, found = segment_eval.interactive(self, params, batch["image"], batch["masks"])
+        there = row["valid"][..., None, None]  # a place without an object has a mask, too, of something
+        views: list[Any] = [batch["masks"], found["one"] & there, found["three"] & there]
         image, *views = (np.asarray(x[:8]) for x in (batch["image"], *views))
         pictures = np.stack([segment_eval.painted(image, masks) for masks in views], 1)
         return {"masks": image_ops.grid(pictures.reshape(-1, *pictures.shape[2:]), columns=6)}
