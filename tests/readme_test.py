@@ -3,7 +3,9 @@
 import dataclasses
 import re
 import runpy
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -19,10 +21,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 LAUNCH = (ROOT / "launch/README.md").read_text(encoding="utf-8")
 PIXELS = re.search(r'```python\n("""pixels.py.*?)```', README, re.S).group(1)
 
+SCRIPTS = ("tpu_pod.sh", "gke.sh", "slurm.sbatch", "local_multiprocess.sh")
+
 # Every program that a block may call, replaced by one that prints its arguments; nothing else is found.
 STUBS = "".join(
     f"{name}() {{ printf '%s\\x1f' {name} \"$@\"; printf '\\x1e'; }}\n"
-    for name in ("python", "pip", "launch/tpu.sh", "launch/slurm.sh", "launch/local.sh")
+    for name in ("python", "pip", *(f"launch/{script}" for script in SCRIPTS))
 )
 
 
@@ -38,8 +42,13 @@ def commands(text, name="python"):
 
 def vgen_commands():
     found = [args[2:] for args in commands(README) if args[:2] == ["-m", "vgen.main"]]
-    for script in ("tpu", "slurm", "local"):
-        found += [args[args.index("--") + 1 :] for args in commands(LAUNCH, f"launch/{script}.sh") if "--" in args]
+    for script in SCRIPTS:
+        found += [args[args.index("--") + 1 :] for args in commands(LAUNCH, f"launch/{script}") if "--" in args]
+    for args in commands(LAUNCH):  # python launch/sweep.py: the first point of its grid
+        shown = subprocess.run(
+            [sys.executable, *args[:1], "--dry_run", *args[1:]], capture_output=True, text=True, cwd=ROOT
+        )
+        found.append(shlex.split(shown.stdout.splitlines()[0])[3:])
     return found
 
 
@@ -70,13 +79,13 @@ def test_command_is_accepted(args, there):
     assert options.mode != "sample" or options.prompt
 
 
-@pytest.mark.parametrize("script", ["tpu", "slurm", "local"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_launch_command_is_accepted(script):
-    found = commands(LAUNCH, f"launch/{script}.sh")
+    found = commands(LAUNCH, f"launch/{script}")
     assert found
     for args in found:
-        at = 1 if script == "tpu" else 0  # behind the step
-        done = subprocess.run([ROOT / f"launch/{script}.sh", *args[:at], "--dry-run", *args[at:]], capture_output=True)
+        at = 1 if script in ("tpu_pod.sh", "gke.sh") else 0  # behind the step
+        done = subprocess.run([ROOT / "launch" / script, *args[:at], "--dry_run", *args[at:]], capture_output=True)
         assert done.returncode == 0 and done.stdout, done.stderr
 
 
