@@ -118,6 +118,6 @@ def _paper():
                    log_every=100),
     )  # fmt: skip
     return dict(
-        stages=dict(a_clip=stage), order=("a_clip",), mesh=dict(data=-1, fsdp=8, tensor=1),
+        stages=dict(a_clip=stage), order=("a_clip",), mesh=dict(data=-1, fsdp=8), topology="v4:4x4x4",
         text=dict(kind="clip", length=77, path=""),
     )  # fmt: skip

@@ -211,7 +211,7 @@ def _paper():
     )  # fmt: skip
     return dict(
         stages=dict(classifier=classifier, unet=trained), order=("classifier", "unet"),
-        mesh=dict(data=-1, fsdp=8, tensor=1),
+        mesh=dict(data=-1, fsdp=8), topology="v4:4x4x4",
         generate=recipes.generate("unet", batch_size=16, steps=250, classifier_scale=1.0, strength=0.6),
         prompts=("207", "360", "387", "974", "88", "979", "417", "279"),
     )  # fmt: skip

@@ -177,4 +177,5 @@ def _paper():
         text=dict(kind="clip", length=77, path=weights + "/tokenizer"),
         generate=_generate(batch_size=4),
         prompts=("a lighthouse on a cliff at sunset", "a bowl of oranges, oil painting"),
+        topology="v4:2x2x1",
     )

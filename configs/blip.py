@@ -157,7 +157,8 @@ def _paper():
         init=dict(network=dict(stage="blip", part="network", through="vgen.models.blip:for_384_pixels")),
     )  # fmt: skip
     return dict(
-        stages=dict(blip=first, caption=tuned), order=("blip", "caption"), mesh=dict(data=-1, fsdp=8, tensor=1),
+        stages=dict(blip=first, caption=tuned), order=("blip", "caption"),
+        mesh=dict(data=-1, fsdp=8), topology="v4:2x4x4",
         text=dict(kind="bert", length=30, path=""), generate=_generate("caption", 16),
     )  # fmt: skip
 

@@ -96,6 +96,6 @@ def _paper():
                    log_every=100),
     )  # fmt: skip
     return dict(
-        stages=dict(clip=stage), order=("clip",), mesh=dict(data=-1, fsdp=8, tensor=1),
+        stages=dict(clip=stage), order=("clip",), mesh=dict(data=-1, fsdp=8), topology="v4:4x8x8",
         text=dict(kind="clip", length=77, path=""),
     )  # fmt: skip

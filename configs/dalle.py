@@ -199,7 +199,7 @@ def _paper():
     )  # fmt: skip
     return dict(
         stages=dict(tokenizer=first, prior=second), order=("tokenizer", "prior"),
-        mesh=dict(data=-1, fsdp=64, tensor=1),
+        mesh=dict(data=-1, fsdp=64), topology="v4:4x8x8",
         text=recipes.bpe(**text),
         generate=recipes.generate("prior", batch_size=16, temperature=1.0, top_k=0, top_p=1.0),
         prompts=recipes.PROMPTS,

@@ -125,7 +125,9 @@ def _paper():
         train=dict(steps=800_000, batch_size=128, optim=optim, ema_decay=0.9999, checkpoint_every=5000,
                    keep_every=100_000, log_every=100),
     )  # fmt: skip
-    return dict(stages=dict(unet=stage), order=("unet",), generate=_generate(64), prompts=("",) * 64)
+    return dict(
+        stages=dict(unet=stage), order=("unet",), generate=_generate(64), prompts=("",) * 64, topology="v3:2x2"
+    )  # fmt: skip
 
 
 def _imported():

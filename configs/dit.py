@@ -156,7 +156,7 @@ def _paper():
         init=recipes.imported(weights, vae="vae"),
     )  # fmt: skip
     return dict(
-        weights=weights, stages=dict(dit=trained), order=("dit",), mesh=dict(data=-1, fsdp=8, tensor=1),
+        weights=weights, stages=dict(dit=trained), order=("dit",), mesh=dict(data=-1, fsdp=8), topology="v3:8x16",
         generate=recipes.generate("dit", batch_size=16, steps=250, guidance_scale=1.5, strength=0.6),
         prompts=("207", "360", "387", "974", "88", "979", "417", "279"),
     )  # fmt: skip

@@ -154,6 +154,6 @@ def _paper():
         optim=dict(main=dict(common, lr=4e-8 * batch / 256, warmup=25_600_000 // batch)),
     )  # fmt: skip
     return dict(
-        stages=dict(flip=first, tuned=tuned), order=("flip", "tuned"), mesh=dict(data=-1, fsdp=8, tensor=1),
+        stages=dict(flip=first, tuned=tuned), order=("flip", "tuned"), mesh=dict(data=-1, fsdp=8), topology="v3:8x16",
         text=dict(kind="bert", length=32, path=""),
     )  # fmt: skip

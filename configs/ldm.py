@@ -143,7 +143,7 @@ def _paper():
         evaluate=dict(split="heldout", batches=16),
     )  # fmt: skip
     return dict(
-        stages=dict(vae=vae, unet=unet), order=("vae", "unet"), mesh=dict(data=-1, fsdp=8, tensor=1),
+        stages=dict(vae=vae, unet=unet), order=("vae", "unet"), mesh=dict(data=-1, fsdp=8), topology="v4:2x2x1",
         text=recipes.bpe(length=77, vocab_size=30_522),
         generate=recipes.generate("unet", batch_size=16, steps=250, guidance_scale=1.5, strength=0.6),
         prompts=recipes.PROMPTS,

@@ -120,4 +120,4 @@ def _paper():
         train=dict(steps=500_000, batch_size=4096, optim=dict(main=adam), checkpoint_every=5000, keep_every=50_000,
                    log_every=100),
     )  # fmt: skip
-    return dict(stages=dict(mae=stage), order=("mae",), mesh=dict(data=-1, fsdp=8, tensor=1))
+    return dict(stages=dict(mae=stage), order=("mae",), mesh=dict(data=-1, fsdp=8), topology="v3:8x8")

@@ -180,7 +180,7 @@ def _paper():
     )  # fmt: skip
     return dict(
         stages=dict(tokenizer=tokenizer, generator=generator), order=("tokenizer", "generator"),
-        mesh=dict(data=-1, fsdp=8, tensor=1),
+        mesh=dict(data=-1, fsdp=8), topology="v3:4x4",
         generate=_knobs(batch_size=16, steps=8),
         prompts=("207", "360", "387", "974", "88", "979", "417", "279"),
     )  # fmt: skip

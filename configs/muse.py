@@ -288,7 +288,8 @@ def _paper():
     return dict(
         stages=stages,
         order=tuple(stages),
-        mesh=dict(data=-1, fsdp=8, tensor=1),
+        mesh=dict(data=-1, fsdp=8, sequence=2),
+        topology="v4:4x8x8",
         text=dict(kind="t5", length=128, path=""),
         generate=_generate(batch_size=16),
         prompts=PROMPTS,

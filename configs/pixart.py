@@ -234,7 +234,7 @@ def _paper():
             cache=dict(cache), init=texts | dict(network=start),
         )  # fmt: skip
     return dict(
-        weights=weights, stages=stages, order=tuple(stages), mesh=dict(data=-1, fsdp=8, tensor=1),
+        weights=weights, stages=stages, order=tuple(stages), mesh=dict(data=-1, fsdp=8), topology="v4:4x4x4",
         text=dict(kind="t5", length=120, path=weights + "/tokenizer"), generate=_generate(before, 4, 4.5),
         prompts=("a lighthouse on a cliff at sunset", "a bowl of oranges, oil painting"),
     )  # fmt: skip

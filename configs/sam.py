@@ -201,4 +201,4 @@ def _paper():
         train=dict(steps=90_000, batch_size=256, optim=dict(main=adam), checkpoint_every=1000, keep_every=10_000,
                    log_every=100),
     )  # fmt: skip
-    return dict(stages=dict(sam=stage), order=("sam",), mesh=dict(data=-1, fsdp=8, tensor=1))
+    return dict(stages=dict(sam=stage), order=("sam",), mesh=dict(data=-1, fsdp=8), topology="v4:4x4x8")

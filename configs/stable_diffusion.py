@@ -144,6 +144,7 @@ def _published(task, *, guidance, weights, data=(), cache=(), **folders):
         text=dict(kind="clip", length=77, path=weights + "/tokenizer"),
         generate=recipes.generate("unet", batch_size=1, **knobs),
         prompts=("a lighthouse on a cliff at sunset", "a bowl of oranges, oil painting"),
+        topology="v5e:2x2",
     )  # fmt: skip
 
 

@@ -159,4 +159,6 @@ def _paper():
                    optim=dict(main=dict(name="sgd", lr=0.03, warmup=500, clip=1.0, moment_dtype="bfloat16"))),
         init=dict(network=dict(stage="vit", part="network", through="vgen.models.vit:for_384_pixels")),
     )  # fmt: skip
-    return dict(stages=dict(vit=first, finetune=tuned), order=("vit", "finetune"), mesh=dict(data=-1, fsdp=8, tensor=1))
+    return dict(
+        stages=dict(vit=first, finetune=tuned), order=("vit", "finetune"), mesh=dict(data=-1, fsdp=8), topology="v3:8x8"
+    )

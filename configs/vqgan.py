@@ -190,7 +190,7 @@ def _paper():
     )  # fmt: skip
     return dict(
         stages=dict(tokenizer=tokenizer, prior=prior), order=("tokenizer", "prior"),
-        mesh=dict(data=-1, fsdp=8, tensor=1),
+        mesh=dict(data=-1, fsdp=8), topology="v4:2x2x4",
         generate=recipes.generate("prior", batch_size=16, temperature=1.0, top_k=600, top_p=0.92),
         prompts=("207", "360", "387", "974", "88", "979", "417", "279"),
     )  # fmt: skip

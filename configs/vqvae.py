@@ -188,7 +188,7 @@ def _paper():
         ),
     )  # fmt: skip
     return dict(
-        stages=stages, order=("tokenizer", "prior"),
+        stages=stages, order=("tokenizer", "prior"), topology="v4:2x2x2",
         generate=recipes.generate("prior", batch_size=16, temperature=1.0),
         prompts=("278", "147", "294", "321", "973", "970", "651", "717"),
     )  # fmt: skip

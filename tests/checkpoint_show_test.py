@@ -74,8 +74,8 @@ def test_how_arrays_were_split(saved):
     lines = told(saved / "second")
     split = lines[next(i for i, line in enumerate(lines) if line.startswith("  weights")) + 1 :][:2]
     assert sorted(line.strip() for line in split) == [
-        "split as (-, fsdp) over data 1, fsdp 4, tensor 1: 1 arrays, 512 B",
-        "split as (fsdp) over data 1, fsdp 4, tensor 1: 1 arrays, 64 B",
+        "split as (-, fsdp) over data 1, fsdp 4, sequence 1, tensor 1: 1 arrays, 512 B",
+        "split as (fsdp) over data 1, fsdp 4, sequence 1, tensor 1: 1 arrays, 64 B",
     ]
 
 

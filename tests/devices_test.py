@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TENSOR = (
-    (r".*(q|k|v|fc1)/kernel", ("fsdp", "tensor")),  # by columns, then by rows
-    (r".*layers/.*(out|fc2)/kernel", ("tensor", "fsdp")),
-)
 MESHES = {
     "toy": (
         (dict(data=8), ()),
         (dict(data=2, fsdp=4), ()),
         (dict(fsdp=2, tensor=4), ((".*kernel", ("fsdp", "tensor")),)),
     ),
-    "muse": ((dict(data=2, fsdp=4), ()), (dict(fsdp=2, tensor=4), TENSOR)),
+    "muse": ((dict(data=2, fsdp=4), ()), (dict(fsdp=2, tensor=4), ())),
+    "vit": tuple(
+        (dict(zip(("data", "fsdp", "sequence", "tensor"), sizes)), ())
+        for sizes in ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 1, 1, 8), (2, 1, 4, 1), (1, 2, 2, 2))
+    ),
 }
 
 
@@ -71,6 +71,55 @@ def muse(mesh, rules):
     log = Losses()
     state = fit(task, config, stream, layout=layout, mesh=mesh, key=jax.random.key(0), given=given, log=log)
     return log.values, state
+
+
+def vit(mesh, rules):
+    """Losses of 4 steps of a ViT of 6 layers and 8 heads, on noise."""
+    import jax
+    import numpy as np
+
+    from tests.toy import Stream, settings
+    from vgen import sharding
+    from vgen import state as states
+    from vgen.config import build
+    from vgen.train import program
+
+    spec = tiny("vit").stages.vit.task
+    spec.network.update(width=64, depth=6, heads=8, mlp_dim=128)
+    task = build(spec)
+
+    class Noise(Stream):
+        def __next__(self):
+            rng, self.k = np.random.default_rng(self.k), self.k + 1
+            batch = {
+                "image": rng.integers(0, 256, (8, 16, 16, 3)).astype(np.uint8),
+                "label": rng.integers(0, task.classes, 8).astype(np.int32),
+            }
+            return jax.device_put(batch, self.sharding)
+
+    stream = Noise(8, sharding.batch_sharding(mesh))
+    layout = states.Layout(task, next(Noise()))
+    config = settings(
+        4, optim={"main": dict(lr=2e-2, weight_decay=0.02, clip=1.0)}, ema_decay=0.9, rules=rules, min_shard_size=0
+    )
+    with jax.set_mesh(mesh):
+        make, shardings, step, _ = program(task, config, layout, mesh)
+        state, losses = states.create(make, shardings, jax.random.key(0)), []
+        compiled = step.lower(state, {}, next(stream)).compile()
+        for _ in range(config.steps):
+            state, metrics = compiled(state, {}, next(stream))
+            losses.append(float(metrics["loss"]))
+    return losses, state, compiled.as_text()
+
+
+def whole_gathers(text, state) -> list[str]:
+    """The stacks of layers' parameters that the program gathers all at once."""
+    from vgen import hlo
+
+    gathered = [each.type for body in hlo.parse(text)[0].values() for each in body if "all-gather" in each.operation]
+    shapes = {path: f"[{','.join(map(str, leaf.shape))}]" for path, leaf in state.params.items() if "layers/" in path}
+    assert shapes
+    return [path for path, shape in shapes.items() if any(shape in each for each in gathered)]
 
 
 # A config and a stage for every task but Muse's and those that are made of it; losses at their scale "tiny".
@@ -128,7 +177,7 @@ def every() -> dict:
         run = jax.jit(jax.value_and_grad(values) if backward else lambda *given: (values(*given), {}))
         for mesh in (sharding.make_mesh(devices=jax.devices()[:1]), sharding.make_mesh(**CUBE)):
             with jax.set_mesh(mesh):
-                placed = jax.device_put(flat, sharding.param_shardings(flat, mesh, TENSOR, 0))
+                placed = jax.device_put(flat, sharding.param_shardings(flat, mesh, (), 0))
                 trained = {path: placed.pop(path) for path in layout.trained}
                 split = sum(not leaf.sharding.is_fully_replicated for leaf in trained.values())
                 seen = jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -171,17 +220,32 @@ def main(name: str) -> dict:
     from vgen.sharding import make_mesh
 
     run = globals()[name]
-    want, _ = run(make_mesh(devices=jax.devices()[:1]), ())
+    want = run(make_mesh(devices=jax.devices()[:1]), ())[0]
     report = {"losses": want, "devices": len(jax.devices())}
     for sizes, rules in MESHES[name]:
-        got, state = run(make_mesh(**sizes), rules)
+        got, state, *text = run(make_mesh(**sizes), rules)
         report[str(sizes)] = {
             "difference": float(max(abs(np.float64(got) - want) / np.abs(want))),
             "split": sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params)),
             "moments": sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.opt)),
+            "like": moments_lie_with_parameters(state),
+            "whole": whole_gathers(*text, state) if text else [],
+            "gathers": sum(each.count(" all-gather(") for each in text),
             "share": min(leaf.addressable_shards[0].data.size / leaf.size for leaf in state.params.values()),
         }
     return report
+
+
+def moments_lie_with_parameters(state) -> bool:
+    """Whether all of the optimiser's arrays, and the average, are split as the parameters that they belong to."""
+    import jax
+
+    pairs = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state.opt, state.ema)):
+        names = [part.key for part in path if getattr(part, "key", None) in state.params]
+        pairs += [(leaf, state.params[name]) for name in names if leaf.shape == state.params[name].shape]
+    assert len(pairs) == 3 * len(state.params)
+    return all(leaf.sharding.is_equivalent_to(param.sharding, leaf.ndim) for leaf, param in pairs)
 
 
 def on_8_devices(name):
@@ -201,7 +265,7 @@ def on_8_devices(name):
 
 
 def test_every_task_gives_the_losses_of_one_device():
-    """On a mesh of data 2, fsdp 2 and tensor 2."""
+    """On a mesh of data 2, fsdp 2 and tensor 2, the layers split inside."""
     report = on_8_devices("every")
     assert set(report) == {"/".join(each) for each in TASKS}
     print("\nrelative difference of a loss, of a gradient, parameters split:")
@@ -210,17 +274,21 @@ def test_every_task_gives_the_losses_of_one_device():
         assert loss <= 1e-5 and gradient <= 1e-5 and split > 0, name
 
 
-@pytest.mark.parametrize("name", ["toy", pytest.param("muse", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["toy", "vit", pytest.param("muse", marks=pytest.mark.slow)])
 def test_eight_devices_give_the_losses_of_one(name):
+    """And as the programs are compiled: no stack of layers is ever gathered whole, and moments lie with parameters."""
     report = on_8_devices(name)
     assert report["devices"] == 8 and len(set(report["losses"])) > 1
     print(f"\n{name} on 8 devices, largest relative difference of a loss:")
     for sizes, _ in MESHES[name]:
-        found = report[str(sizes)]
-        print(f"  {sizes}: {found['difference']:.1e}, {found['split']} parameters split")
+        found, ways = report[str(sizes)], sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+        print(f"  {sizes}: {found['difference']:.1e}, {found['split']} parameters split, {found['gathers']} gathers")
         assert found["difference"] <= 1e-5
-        assert (found["split"] > 0) == ("fsdp" in sizes) and found["moments"] == 2 * found["split"]
-        assert found["share"] == 1 / sizes.get("fsdp", 1) / sizes.get("tensor", 1)
+        assert (found["split"] > 0) == (ways > 1) and found["moments"] == 2 * found["split"] and found["like"]
+        assert found["share"] == 1 / ways
+        assert not found["whole"]
+        if name == "vit" and sizes["fsdp"] > 1:
+            assert found["gathers"] > 1, "layers are gathered one at a time"
 
 
 if __name__ == "__main__":

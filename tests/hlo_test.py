@@ -62,6 +62,16 @@ def test_a_program_by_hand():
     assert found.memory == 5 * inside + 2 * 5 * 16 * 4
 
 
+def test_a_collective_in_pieces_counts_once():
+    """As TPUs run it inside of several products: what begins, goes on with and ends it has one number."""
+    piece = "  %again = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%one), channel_id=1, dimensions={0}\n"
+    other = piece.replace("again", "third").replace("channel_id=1", "channel_id=3")
+    text = TEXT.replace("  %row = f32[1,16]", piece + "  %row = f32[1,16]")
+    assert hlo.traffic(text).collectives == hlo.traffic(TEXT).collectives
+    text = TEXT.replace("  %row = f32[1,16]", other + "  %row = f32[1,16]")
+    assert hlo.traffic(text).collectives["all-gather"] == (10, 2 * 5 * 16 * 8 * 2)
+
+
 def test_a_loop_of_unknown_length_needs_a_number():
     five = "%five = s32[]{:T(128)} "
     text = TEXT.replace(five + "constant(5)", five + "get-tuple-element(%arg.2), index=0")

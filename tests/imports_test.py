@@ -41,6 +41,8 @@ FORBIDDEN = {
     "main": {"models", "tasks"},
     "features": {"models", "tasks", "metrics", "stages", "system", "main"},
     "automatic_masks": {"tasks", "metrics", "tokens", "diffusion", "edit"} | TOP,
+    "debug": {"models", "tasks", "data", "metrics", "tokens", "diffusion", "edit"} | TOP,
+    "hosts": {"*"},
     "engine": {"models", "tasks", "tokens", "diffusion", "edit"} | TOP,
 }
 EXCEPT = {("trees", "config")}  # its errors are mistakes in configs

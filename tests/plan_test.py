@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import runpy
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import pytest
 
 from tests.toy_config import get_config
 from vgen import plan
+from vgen.bench import plan as bench
+from vgen.bench.__main__ import main as bench_main
 from vgen.config import to_dict
 from vgen.main import main
 from vgen.stages import Run
 
 ROOT = Path(__file__).parents[1]
 TOY = f"--config={ROOT}/tests/toy_config.py"
+KINDS = {"v3": "TPU v3", "v4": "TPU v4", "v5e": "TPU v5 lite"}
 CHIP = plan.Chip(flops=1e12, memory=1e9, bandwidth=1e10, network=1e9, chips=0.5, watts=200.0)
 
 
@@ -104,7 +108,7 @@ def test_changes_are_tried_from_the_cheapest_on():
 @pytest.mark.parametrize(
     ("topology", "sentence"),
     [
-        (None, "--mode=plan needs --topology"),
+        (None, "this config names no slice"),
         ("cpu:0", "expected cpu:N"),
         ("cpu:many", "expected cpu:N"),
         ("cpu:513", "expected cpu:N, 1 to 512"),
@@ -119,6 +123,52 @@ def test_bad_topologies(topology, sentence, tmp_path, capsys, monkeypatch):
     given = [f"--topology={topology}"] if topology else []
     assert main(["vgen", TOY, f"--workdir={tmp_path}/run", "--mode=plan", *given]) == 2
     assert sentence in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_the_slice_of_the_config_is_taken(tmp_path, capsys, monkeypatch):
+    """And another one where it is said."""
+    asked, place = [], here()
+    monkeypatch.setattr(plan, "target", lambda name: asked.append(name) or place)
+    monkeypatch.setattr("vgen.main._emulate_devices", lambda count: None)
+    args = ["vgen", TOY, f"--workdir={tmp_path}", "--mode=plan", "--stage=first"]
+    assert main([*args, "--config.topology=cpu:4"]) == 0 and main([*args, "--topology=cpu:2"]) == 0
+    assert asked == ["cpu:4", "cpu:2"] and "train first" in capsys.readouterr().out
+
+
+def test_the_table_of_all_plans(tmp_path, capsys, monkeypatch):
+    """A row a stage; a config that trains the same is named with it, one that cannot be planned says why."""
+    place = here()
+    monkeypatch.setattr(bench, "target", lambda name: place)
+    toy = "from tests.toy_config import get_config as toy\nSCALES = ('paper', 'mini')\ndef get_config(scale):\n"
+    toy += "    config = toy()\n    config.topology = 'cpu:1' if scale == 'paper' else ''\n    {}\n    return config\n"
+    for name, more in dict(a="", b="config.prompts = ('0',)", c="config.mesh = dict(data=3)").items():
+        (tmp_path / f"{name}.py").write_text(toy.format(more))
+    args = ["plan", f"--configs={tmp_path}", f"--out={tmp_path}/all.json"]
+    assert bench_main(args) == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert tuple(rows[0]) == bench.HEAD and [row[0] for row in rows[2:]] == ["a", "a", "a", "b", "c"]
+    assert [row[3] for row in rows[2:5]] == ["first", "second", "second, sampled"] and rows[5][3] == "is trained as a"
+    assert "does not cover 1 devices" in rows[6][3]
+    written = json.loads((tmp_path / "all.json").read_text())
+    assert (
+        list(written) == ["a"]
+        and rows[2][4] == f"{written['a']['train']['first']['parameters']['trained'] / 1e6:,.0f} + 0 frozen"
+    )
+    assert bench_main(["plan", f"--configs={tmp_path}", "--scale=mini"]) == 2
+    assert "names a slice" in capsys.readouterr().err
+    assert bench_main(["plan", f"--configs={tmp_path}/none"]) == 2
+    assert "no configs in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_names_a_slice_that_its_batches_divide_over(path):
+    """Its published scale, on as many devices as the slice has; nothing is compiled."""
+    config = runpy.run_path(str(path))["get_config"]("paper")
+    kind, _, shape = config.topology.partition(":")
+    chips = math.prod(int(side) for side in shape.split("x"))
+    count = round(chips / plan.CHIPS[KINDS[kind]].chips)
+    run = Run(config, "nowhere", devices=[object() for _ in range(count)])
+    assert run.mesh.size == count
 
 
 def test_loops_until_a_draw_is_accepted_count_once(tmp_path):

@@ -7,23 +7,24 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from vgen.config import UserError
-from vgen.sharding import constrain, make_mesh, spec_for
+from vgen.sharding import AXES, constrain, make_mesh, spec_for
 
-MESH = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+MESH = AbstractMesh((2, 4, 1, 2), AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 @pytest.mark.parametrize(
     "sizes, want",
     [
-        ({}, (8, 1, 1)),
-        (dict(fsdp=4), (2, 4, 1)),
-        (dict(data=2, fsdp=-1, tensor=2), (2, 2, 2)),
-        (dict(data=1, fsdp=8, tensor=-1), (1, 8, 1)),
+        ({}, (8, 1, 1, 1)),
+        (dict(fsdp=4), (2, 4, 1, 1)),
+        (dict(data=2, fsdp=-1, tensor=2), (2, 2, 1, 2)),
+        (dict(data=1, fsdp=8, tensor=-1), (1, 8, 1, 1)),
+        (dict(sequence=4, tensor=2), (1, 1, 4, 2)),
     ],
 )
 def test_minus_one_takes_the_rest(sizes, want):
     mesh = make_mesh(**sizes, devices=[object() for _ in range(8)])
-    assert tuple(mesh.shape.values()) == want and mesh.axis_names == ("data", "fsdp", "tensor")
+    assert tuple(mesh.shape.values()) == want and mesh.axis_names == ("data", "fsdp", "sequence", "tensor")
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_rules_first_full_match_right_aligned():
     [
         ((None, None, "fsdp"), r"'w' has 3 entries, w has shape \(6, 8\)"),
         (("fsdp", None), r"w \(6, 8\) is not divisible by 4 \(fsdp\)"),
-        (("model",), r"no mesh axis 'model'; there are data, fsdp, tensor"),
+        (("model",), r"no mesh axis 'model'; there are data, fsdp, sequence, tensor"),
     ],
 )
 def test_rules_that_do_not_fit(entries, message):
@@ -96,3 +97,36 @@ def test_constrain_is_the_identity_without_a_mesh_and_a_constraint_under_one():
     assert [eqn.primitive.name for eqn in pinned.eqns] == ["sharding_constraint"]
     assert pinned.eqns[0].params["sharding"].spec == P(("data", "fsdp"), None)
     assert not free.eqns
+
+
+@pytest.mark.parametrize(
+    "path, shape, want",
+    [
+        ("layers/attn/q/kernel", (24, 64, 32), P(None, "fsdp", "tensor")),
+        ("q/kernel", (64, 32), P("fsdp", "tensor")),
+        ("layers/cross/k_style/kernel", (64, 32), P("fsdp", "tensor")),
+        ("layers/mlp/gate/kernel", (64, 32), P("fsdp", "tensor")),
+        ("layers/attn/out/kernel", (64, 32), P("tensor", "fsdp")),
+        ("layers/mlp/fc2/kernel", (64, 30), P("tensor", None)),  # 4 does not divide 30
+        ("layers/attn/q/kernel", (66, 33), P(None, None)),
+        ("down_1/conv1/kernel", (3, 3, 64, 32), P(None, None, "fsdp", None)),
+        ("layers/mlp/fc1/bias", (24, 64), P(None, "tensor")),
+        ("layers/mlp/fc2/bias", (64,), P("fsdp")),
+    ],
+)
+def test_layers_are_split_inside_where_there_is_a_tensor_axis(path, shape, want):
+    """Heads and hidden units by columns, what brings them back together by rows."""
+    assert spec_for(path, shape, MESH, (), 0) == want
+    flat = make_mesh(data=2, fsdp=4, devices=[object()] * 8)
+    assert "tensor" not in spec_for(path, shape, flat, (), 0)
+    assert spec_for(path, shape, MESH, [(".*", ())], 0) == P(*(None,) * len(shape)), "a rule of the config comes first"
+
+
+def test_tokens_and_rows_are_split_over_the_sequence_axis():
+    mesh = AbstractMesh((2, 1, 4, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+    batch = ("data", "fsdp")
+    for shape, want in (((4, 16, 8), P(batch, "sequence", None)), ((4, 8, 8, 3), P(batch, "sequence", None, None)),
+                        ((4, 6, 8), P(batch, None, None)), ((4, 16), P(batch, None)), ((4,), P(batch))):  # fmt: skip
+        with jax.sharding.use_abstract_mesh(mesh):
+            jaxpr = jax.make_jaxpr(constrain)(jnp.zeros(shape))
+        assert jaxpr.eqns[0].params["sharding"].spec == want

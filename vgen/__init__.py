@@ -3,7 +3,15 @@
 `vgen.load(where)` brings in a published checkpoint: see `vgen.convert.load`.
 """
 
+import os
+
 __version__ = "0.1.0"
+
+if os.environ.get("VGEN_DEBUG"):  # ahead of all other imports, see `vgen.debug`
+    from jaxtyping import install_import_hook
+
+    CHECKED = "layers models diffusion tokens tasks guidance sample"
+    install_import_hook([f"vgen.{part}" for part in CHECKED.split()], "beartype.beartype")
 
 
 def __getattr__(name: str):

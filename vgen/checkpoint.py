@@ -12,6 +12,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from vgen.config import UserError
+from vgen.hosts import everyone
 from vgen.state import State
 
 _ARGS = ocp.args
@@ -46,6 +48,7 @@ class Checkpoints:
     ):
         self.folder = Path(folder).resolve() / "checkpoints"
         self.meta, self.warn, self.read_only = dict(meta or {}), warn, read_only
+        self._thread, self._sealing = ThreadPoolExecutor(1, "seal"), None
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
@@ -60,7 +63,7 @@ class Checkpoints:
         return sorted(self.manager.all_steps())
 
     def save(self, step: int, state: State, batches=None) -> None:
-        """Start saving `state` as `step`; returns before it is on disk.  The step before is sealed first."""
+        """Start saving `state` as `step`; returns before it is on disk.  A thread seals it once it is."""
         if step in self.steps():
             return
         self.wait()
@@ -76,9 +79,13 @@ class Checkpoints:
                 meta=_ARGS.JsonSave({**self.meta, "data": position, "average": bool(state.ema), "shapes": shapes}),
             ),
         )
+        self._sealing = self._thread.submit(self._finish)
 
     def wait(self) -> None:
-        """Block until everything is on disk, and seal it with checksums."""
+        """Block until everything is on disk, and sealed with checksums."""
+        self._sealing.result() if self._sealing else self._finish()
+
+    def _finish(self) -> None:
         self.manager.wait_until_finished()
         if jax.process_index() == 0 and not self.read_only:
             for step in self.steps():
@@ -124,26 +131,31 @@ class Checkpoints:
 
     def close(self) -> None:
         self.wait()
+        self._thread.shutdown()
         self.manager.close()
 
     def _newest(self, args):
         steps = self.steps()
         for step in reversed(steps):
-            whole = False
-            try:
-                whole = self._verify(step)
-                found = self.manager.restore(step, args=args(step) if callable(args) else args)
+            # Process 0 looks at the files; and what one process cannot read, none takes.
+            whole, reason = everyone(self._verify(step) if jax.process_index() == 0 else None)[0]
+            found = cause = None
+            if not reason:
+                try:
+                    found = self.manager.restore(step, args=args(step) if callable(args) else args)
+                except Exception as error:  # noqa: BLE001  orbax and tensorstore raise many kinds for a damaged file
+                    cause, reason = error, _line(error)
+                reason = next(filter(None, everyone(reason)), "")
+            if not reason:
                 self._read_step = step
                 return found
-            except Exception as error:  # noqa: BLE001  orbax and tensorstore raise many kinds for a damaged file
-                reason = " ".join(str(error).split())[:200]
-                if whole:
-                    raise UserError(
-                        f"checkpoint {self.folder / str(step)} is whole but does not fit the program ({reason}): "
-                        "go back to the code and library versions that wrote it, or use another --workdir"
-                    ) from error
-                self.warn(f"checkpoint {self.folder / str(step)} is damaged ({reason}); trying the one before")
-                self._set_aside(step)
+            if whole:
+                raise UserError(
+                    f"checkpoint {self.folder / str(step)} is whole but does not fit the program ({reason}): "
+                    "go back to the code and library versions that wrote it, or use another --workdir"
+                ) from cause
+            self.warn(f"checkpoint {self.folder / str(step)} is damaged ({reason}); trying the one before")
+            self._set_aside(step)
         if steps:
             raise UserError(
                 f"no checkpoint in {self.folder} can be read (tried steps {steps}; see the warnings above); "
@@ -154,15 +166,16 @@ class Checkpoints:
     def _seal(self, step: int) -> Path:
         return self.folder / f"{step}.crc.json"
 
-    def _verify(self, step: int) -> bool:
-        """Whether the step is known to be whole; ValueError if it is known not to be."""
+    def _verify(self, step: int) -> tuple[bool, str]:
+        """(whether the step is known to be whole, what is known to be wrong with it)."""
         if not self._seal(step).exists():
-            return False  # complete (orbax renames last) but the process ended before it was sealed
-        wanted, got = json.loads(self._seal(step).read_text()), _checksums(self.folder / str(step))
+            return False, ""  # complete (orbax renames last) but the process ended before it was sealed
+        try:
+            wanted, got = json.loads(self._seal(step).read_text()), _checksums(self.folder / str(step))
+        except (OSError, ValueError) as error:
+            return False, _line(error)
         wrong = sorted(name for name in set(wanted) | set(got) if wanted.get(name) != got.get(name))
-        if wrong:
-            raise ValueError(f"{len(wrong)} files changed since they were written, e.g. {wrong[0]}")
-        return True
+        return not wrong, f"{len(wrong)} files changed since they were written, e.g. {wrong[0]}" if wrong else ""
 
     def _set_aside(self, step: int) -> None:
         if self.read_only:
@@ -172,6 +185,7 @@ class Checkpoints:
             shutil.rmtree(target, ignore_errors=True)
             (self.folder / str(step)).rename(target)
             self._seal(step).unlink(missing_ok=True)
+        everyone()
         self.manager.reload()
 
 
@@ -198,6 +212,10 @@ def _join(items: Mapping[str, Any], like: State) -> State:
     pick = lambda paths: {path: items["weights"][path] for path in paths}
     average = items.get("average", {})
     return State(params=pick(like.params), buffers=pick(like.buffers), ema=average, **items["rest"])
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _placed(leaf, place) -> jax.ShapeDtypeStruct:

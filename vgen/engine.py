@@ -18,6 +18,7 @@ import numpy as np
 from vgen import trees
 from vgen.automatic_masks import Automatic, generate
 from vgen.data.scenes import Scenes, World
+from vgen.hosts import whole
 from vgen.metrics.segment_eval import SegmentQuality, clicked, matched
 
 KNOWN = 0.5  # IoU from which on an object counts as masked already
@@ -95,7 +96,7 @@ class Annotate:
             return None
         some = some + some[-1:] * (self.batch - len(some))  # one shape for every call
         image, masks = (np.stack([each[key] for each in some]) for key in ("image", "masks"))
-        return np.asarray(_clicked(task, self.clicks, params, image, masks))
+        return whole(_clicked(task, self.clicks, params, image, masks))
 
     def _found(self, network, image) -> list[np.ndarray]:
         if network is None:

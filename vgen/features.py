@@ -13,13 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from vgen import trees
+from vgen import sharding, trees
 from vgen.checkpoint import Checkpoints
 from vgen.config import ConfigError, UserError, call, to_dict, to_json
 from vgen.data.features import DTYPES, Features
 from vgen.data.images import RANDOM_WAYS
+from vgen.data.open import rows_of
+from vgen.hosts import everyone, in_turn
 from vgen.train import Stopped, place_frozen
 
 # Of a stage's data: what features depend on.
@@ -192,54 +193,77 @@ class _Encoder:
         frozen = place_frozen(paths, run.given(name, parts)[0], run.mesh, train)
         self.params = trees.unflatten(frozen)
         self.open = lambda: run.batches(name, held_out=held_out, train=False, encode=kinds, batch_size=self.batch_size)
-        self.encode = jax.jit(lambda params, batch: task.features(params, batch, kinds))
+        self.rows = sharding.batch_sharding(run.mesh)
+        self.encode = jax.jit(lambda params, batch: task.features(params, batch, kinds), out_shardings=self.rows)
         self.empty = {}
         if "text" in kinds:
             length = run.text_tokenizer().length
-            self.empty = jax.device_get(jax.jit(lambda p: task.empty_features(p, length))(self.params))
+            everywhere = sharding.replicated(run.mesh)
+            said = jax.jit(lambda p: task.empty_features(p, length), out_shardings=everywhere)(self.params)
+            self.empty = jax.tree.map(np.asarray, said)
 
     def run(self, features: Features, should_stop: Callable[[], bool]) -> None:
-        """Every missing file of the features, one after the other."""
+        """Every missing file of the features, one after the other; each process writes those of its rows."""
         from tqdm import tqdm
 
-        process, processes = jax.process_index(), jax.process_count()
-        features.begin(process)
+        writers, mine = self._shares()
         with self.open() as batches, jax.set_mesh(self.mesh):
             wanted = -(-self.most // self.batch_size) if self.most else len(batches)
             length, per_shard = min(wanted, len(batches)), -(-self.config.shard_size // self.batch_size)
             shards = -(-length // per_shard)
-            missing = features.missing(shards, processes)
-            _together()  # nobody writes before all have looked
+            with in_turn():
+                if jax.process_index() == 0:
+                    features.begin(shards, [length, per_shard, self.batch_size])
+            missing = everyone(features.missing(shards))[0]  # nobody writes before all have looked
             done = length - sum(min(per_shard, length - k * per_shard) for k in missing)
-            bar = tqdm(total=length, initial=done, desc=f"features in {features.folder}", unit="batch", disable=None)
+            quiet = True if jax.process_index() else None
+            bar = tqdm(total=length, initial=done, desc=f"features in {features.folder}", unit="batch", disable=quiet)
 
             def examples(first, count):
                 batches.set_state({**batches.get_state(), "batches": first})
                 for k in range(count):
                     if should_stop():
                         raise Stopped(f"stopped after {done + k} of {length} batches of features")
-                    yield from self._examples(next(batches))
+                    yield from self._examples(next(batches), first + k, mine)
                     bar.update()
 
             for k in missing:
                 count = min(per_shard, length - k * per_shard)
-                features.write(k, shards, examples(k * per_shard, count), process)
+                found = examples(k * per_shard, count)
+                if jax.process_index() in writers:
+                    features.write(k, shards, found, writers.index(jax.process_index()), len(writers))
+                else:
+                    list(found)
                 done += count
             bar.close()
-        _together()
-        features.finish("latents" in self.config.features, self.empty, process)
-        _together()
+        everyone()
+        features.finish("latents" in self.config.features, self.empty, jax.process_index())
+        everyone()
 
-    def _examples(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What is kept of each example of this host."""
+    def _shares(self) -> tuple[list[int], dict[int, int]]:
+        """The processes that write, and {place among this one's rows: row of the batch} of what it writes.
+
+        Of several that hold a row, it is the first.
+        """
+        holder: dict[int, int] = {}
+        for device, (rows,) in self.rows.devices_indices_map((self.batch_size,)).items():
+            for row in range(self.batch_size)[rows]:
+                holder[row] = min(holder.get(row, device.process_index), device.process_index)
+        held = enumerate(rows_of(self.rows, self.batch_size))
+        return sorted(set(holder.values())), {i: row for i, row in held if holder[row] == jax.process_index()}
+
+    def _examples(self, batch: Mapping[str, Any], number: int, mine: Mapping[int, int]) -> list[dict[str, Any]]:
+        """What is kept of each example of this process."""
         arrays = {key: value for key, value in batch.items() if not isinstance(value, np.ndarray)}
         used = ("image", "text", "text_mask", "index", "valid")
         more = {key: value for key, value in batch.items() if key not in used}
-        rows = {key: _local(value) for key, value in {**more, **self.encode(self.params, arrays)}.items()}
+        values = {key: _local(value) for key, value in {**more, **self.encode(self.params, arrays)}.items()}
         valid, index = _local(batch["valid"]), _local(batch["index"])
         return [
-            {"source_index": int(index[i]), **{key: _plain(value[i]) for key, value in rows.items()}}
-            for i in np.flatnonzero(valid)
+            {"source_index": int(index[i]), "slot": number * self.batch_size + row}
+            | {key: _plain(value[i]) for key, value in values.items()}
+            for i, row in mine.items()
+            if valid[i]
         ]
 
 
@@ -253,8 +277,3 @@ def _local(x: jax.Array | np.ndarray) -> np.ndarray:
         return np.asarray(x)
     pieces = {shard.index[0].start or 0: np.asarray(shard.data) for shard in x.addressable_shards}
     return np.concatenate([pieces[start] for start in sorted(pieces)])
-
-
-def _together() -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("features")

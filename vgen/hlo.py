@@ -49,12 +49,15 @@ def traffic(text: str, steps: int | None = None) -> Traffic:
     """
     computations, entry = parse(text)
     counts: dict[str, list[float]] = {}
-    memory = 0.0
+    memory, seen = 0.0, {}
     for times, computation, fused in _walk(computations, entry, steps):
         types = {each.name: each.type for each in computation}
         for each in computation:
             kind = each.operation.removesuffix("-start")
-            if kind in COLLECTIVES:
+            # One that runs inside of several products, a piece in each, is there several times by one number.
+            channel = re.search(r"channel_id=(\d+)", each.rest)
+            first = seen.setdefault((kind, channel[1]), each.name) == each.name if channel else True
+            if kind in COLLECTIVES and first:
                 found = counts.setdefault(kind, [0, 0.0])
                 found[0] += times
                 given = [n for name in each.operands for n in _sizes(types.get(name, ""))]

@@ -1,4 +1,7 @@
-"""Logging of a run: JSON lines, TensorBoard, picture grids and one progress bar; works without a terminal."""
+"""Logging of a run: JSON lines, TensorBoard, picture grids and one progress bar; works without a terminal.
+
+Of several processes the first one logs.
+"""
 
 import json
 import math

@@ -4,6 +4,7 @@ Every mistake of the caller ends as one sentence on stderr and exit code 2.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vgen.config import UserError
-from vgen.platform import start_over_with_huge_pages
+from vgen.platform import start_over
 
 
 def main(argv=None) -> int:
@@ -28,10 +29,15 @@ def main(argv=None) -> int:
     argv: the program's name and its flags (default: sys.argv).
     """
     try:
-        return _run(_parse(list(sys.argv if argv is None else argv)))
+        return run(list(sys.argv if argv is None else argv))
     except UserError as error:
         print(f"vgen: {error}", file=sys.stderr, flush=True)
         return 2
+
+
+def run(argv: list[str]) -> int:
+    """As `main`, but a mistake of the caller is raised as UserError."""
+    return _run(_parse(argv))
 
 
 def _flags(argv: list[str]) -> flags.FlagValues:
@@ -45,7 +51,7 @@ def _flags(argv: list[str]) -> flags.FlagValues:
     text, number = flags.DEFINE_string, flags.DEFINE_integer
     text("workdir", None, "where checkpoints, logs and pictures go", flag_values=values)
     flags.DEFINE_enum("mode", "train", ["train", "sample", "eval", "plan"], "what to do", flag_values=values)
-    text("topology", None, "plan: the devices, such as v4:4x4x16, v5e:4x8 or cpu:8 (emulated)", flag_values=values)
+    text("topology", None, "plan: the slice, v4:4x4x16 or (emulated) cpu:8; default: the config's", flag_values=values)
     text("stage", None, "only this stage (train); only up to this stage (sample)", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "a prompt, or the number of a class; may be repeated", flag_values=values)
     text("prompts", None, "a file with one prompt per line", flag_values=values)
@@ -118,6 +124,8 @@ def _run(options: flags.FlagValues) -> int:
     if options.mode == "train":
         run.claim()
         return _train(run, options)
+    if jax.process_count() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX listens for it there, but nothing is saved in these modes
     run.check()
     return _sample(run, options) if options.mode == "sample" else _evaluate(run)
 
@@ -126,11 +134,12 @@ def _plan(options: flags.FlagValues) -> int:
     """Print and write to WORKDIR/plan.json what the config takes on --topology; 3 where it does not fit."""
     from vgen import plan
 
-    if not options.topology:
-        raise UserError("--mode=plan needs --topology, such as v4:4x4x16 or cpu:8")
-    if re.fullmatch(r"cpu:[1-9][0-9]{0,2}", options.topology):
-        _emulate_devices(int(options.topology.partition(":")[2]))
-    target = plan.target(options.topology)
+    topology = options.topology or options.config.get("topology", "")
+    if not topology:
+        raise UserError("--mode=plan needs --topology, such as v4:4x4x16 or cpu:8: this config names no slice")
+    if re.fullmatch(r"cpu:[1-9][0-9]{0,2}", topology):
+        _emulate_devices(int(topology.partition(":")[2]))
+    target = plan.target(topology)
     report = plan.plan(options.config, options.workdir, target, [options.stage] if options.stage else [])
     for line in plan.lines(report):
         print(line, flush=True)
@@ -164,20 +173,44 @@ def _emulate_devices(count: int) -> None:
 
 
 @contextlib.contextmanager
-def _stop_event():
-    """An event that the first SIGTERM or SIGINT sets; the second one ends the process."""
-    stop = threading.Event()
-    handle = lambda *_: os._exit(130) if stop.is_set() else stop.set()
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+def _should_stop():
+    """A function that says whether SIGTERM or SIGINT has come; the second one ends the process.
+
+    Of several processes it is enough that one gets it: all say so at the same call.  There JAX listens for SIGTERM, and
+    its coordination service finds the call that none has made yet; the devices have no part in it.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    stop, calls, several = threading.Event(), itertools.count(1), jax.process_count() > 1
+
+    def handle(*_):
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def agreed():
+        if not reached and multihost_utils.reached_preemption_sync_point(next(calls)):
+            reached.append(True)
+        return bool(reached)
+
+    reached = []
+    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield stop
+        yield agreed if several else stop.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if several:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is saved from here on
 
 
 def _train(run, options) -> int:
     """Train every stage that is not finished, then draw the config's prompts and measure."""
+    from vgen.stages import tell
     from vgen.train import Stopped
 
     if options.stage is not None:
@@ -187,17 +220,17 @@ def _train(run, options) -> int:
         if not run.train_config(name).steps:
             run.check_sources(name)  # before others have been trained in vain
     begun = time.monotonic()
-    with _stop_event() as stop:
+    with _should_stop() as should_stop:
         for name in names:
             try:
-                run.train_stage(name, should_stop=stop.is_set)
+                run.train_stage(name, should_stop=should_stop)
             except Stopped as stopped:
-                print(f"stage {name} {stopped}; the same command goes on from there", file=sys.stderr)
+                tell(f"stage {name} {stopped}; the same command goes on from there")
                 return 0
-            if stop.is_set():
-                print(f"stopped after stage {name}; the same command goes on from there", file=sys.stderr)
+            if should_stop():
+                tell(f"stopped after stage {name}; the same command goes on from there")
                 return 0
-            print(f"stage {name} finished after {time.monotonic() - begun:.0f} s", file=sys.stderr)
+            tell(f"stage {name} finished after {time.monotonic() - begun:.0f} s")
     if options.stage is not None:
         return 0
     system = None
@@ -249,6 +282,8 @@ def _sample(run, options) -> int:
 
 def _caption(run, options) -> int:
     """Print what the system tells of --image, or of all pictures in that folder; keep it in captions.txt."""
+    import jax
+
     from vgen.data import images
     from vgen.system import System
 
@@ -260,6 +295,8 @@ def _caption(run, options) -> int:
         raise UserError(f"--image={given}: the folder has no pictures")
     pictures = [images.load(path) for path in paths]
     told = System(run).write(pictures, seed=options.seed)
+    if jax.process_index():
+        return 0
     out = _folder(options.out or run.workdir / "samples")
     lines = [f"{path.name}: {caption}" for path, caption in zip(paths, told, strict=True)]
     (out / "captions.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -281,6 +318,8 @@ def _folder(out) -> Path:
 
 def _draw(run, options, system, prompts, **edit) -> None:
     """Write one PNG per picture and a grid with captions per stage; print where they are."""
+    import jax
+
     from vgen.data import images
 
     if not prompts:
@@ -293,6 +332,8 @@ def _draw(run, options, system, prompts, **edit) -> None:
             repeated, seed=options.seed, negative=options.negative_prompt, stages=stages,
             guidance_scale=options.guidance_scale, steps=options.steps, **edit,
         )  # fmt: skip
+    if jax.process_index():
+        return
     for message in dict.fromkeys(str(warning.message) for warning in told):
         print(f"vgen: {message}", file=sys.stderr, flush=True)
     for stage, pictures in results.items():
@@ -309,6 +350,8 @@ def _evaluate(run, system=None) -> int:
 
     A config that measures what another one trained writes to eval_<its name>.json.
     """
+    import jax
+
     from vgen.config import build
     from vgen.system import System
 
@@ -320,6 +363,8 @@ def _evaluate(run, system=None) -> int:
     if run.config.eval:  # of what generates with the `System` that does, of the others with the run
         evaluation = build(run.config.eval, "config.eval")
         report |= evaluation(system or (System(run) if run.config.generate else run))
+    if jax.process_index():
+        return 0
     name = run.config.name
     path = run.workdir / ("eval.json" if name == run.trainer else f"eval_{name}.json")
     temporary = path.with_name(path.name + ".tmp")
@@ -340,5 +385,5 @@ def _rows(report, prefix=""):
 
 
 if __name__ == "__main__":
-    start_over_with_huge_pages()
+    start_over()
     sys.exit(main())

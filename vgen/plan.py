@@ -7,6 +7,7 @@ the longest of computing, of memory and of the network, at their published rates
 import copy
 import dataclasses
 import json
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,6 +83,7 @@ def target(topology: str) -> Target:
         raise UserError(f"--topology={topology}: expected such as v4:4x4x16, v5e:4x8 or cpu:8")
     from jax.experimental import topologies
 
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # the chips are not touched; a run may have them
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # noqa: BLE001  jaxlib tells of a missing library and a bad name by the same kinds
@@ -183,11 +185,11 @@ def sample_steps(run: Run) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
 def measured(function, arguments, target: Target, steps: int = 1) -> dict[str, Any]:
     """Compile a function for the target, and tell what a device does and holds in one call of it.
 
+    To be called as the function was made, under `platform.target`.
     steps: how often a loop runs whose number is not in the program: an argument, or until a draw is accepted.
     """
     start = time.perf_counter()
-    with platform.target(target.platform):
-        compiled = function.lower(*arguments).compile()
+    compiled = function.lower(*arguments).compile()
     seconds = time.perf_counter() - start
     held = compiled.memory_analysis()
     traffic = hlo.traffic(compiled.as_text(), steps)
@@ -223,7 +225,7 @@ def roofline(found: Mapping[str, Any], chip: Chip) -> dict[str, float]:
 def plan_stage(run: Run, name: str, target: Target) -> dict[str, Any]:
     """Of a stage's training: parameters, `measured`, and with a known chip `roofline` and what all of it costs."""
     config = run.train_config(name)
-    with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh), platform.target(target.platform):
         step, arguments = train_step(run, name)
         found = measured(step, arguments, target)
     state, frozen, _ = arguments
@@ -256,7 +258,7 @@ def plan(config, workdir, target: Target, stages: Sequence[str] = ()) -> dict[st
         if run.train_config(name).steps:
             report["train"][name] = plan_stage(run, name, target)
     if run.config.generate and not stages:
-        with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh), platform.target(target.platform):
             for name, function, arguments in sample_steps(run):
                 knobs = run.config.generate.get("knobs", {}).get(name, {})
                 report["sample"][name] = measured(function, arguments, target, knobs.get("steps", 1))

@@ -1,10 +1,29 @@
-"""Which platform programs are made for; and what is set about it before JAX starts, each with its reason."""
+"""Which platform programs are made for, and what is asked of it, each with its reason."""
 
 import contextlib
 import contextvars
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
+
+# What the compiler is asked for where a step has several devices, by platform; a name it does not know is an error.
+# TPU: the next layer's parameters are gathered inside of this layer's products (`fsdp`), and gradients are summed
+# beside the backward pass (`data`).  Products that wait for a split sequence or split heads are cut in pieces by
+# default, each sent while the one before is computed (collective matmul, Wang et al. 2023).
+# GPU: collectives are begun early and waited for late.
+COMPILER_OPTIONS = {
+    "tpu": {
+        "xla_enable_async_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+        "xla_tpu_enable_data_parallel_all_reduce_opt": True,
+        "xla_tpu_data_parallel_opt_different_sized_ops": True,
+    },
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+}
 
 _TARGET: contextvars.ContextVar[str] = contextvars.ContextVar("target", default="")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -15,6 +34,11 @@ def backend() -> str:
     import jax
 
     return _TARGET.get() or jax.default_backend()
+
+
+def compiler_options(devices: int) -> dict[str, bool] | None:
+    """Options of `jax.jit` for a step on so many devices of `backend`; None for nothing to ask for."""
+    return COMPILER_OPTIONS.get(backend()) if devices > 1 else None
 
 
 @contextlib.contextmanager
@@ -42,8 +66,12 @@ def with_huge_pages(environ: Mapping[str, str], platform: str = sys.platform) ->
     return {**environ, "GLIBC_TUNABLES": f"{tunables}:{HUGE_PAGES}".lstrip(":")}
 
 
-def start_over_with_huge_pages() -> None:
-    """Replace this process by the same command with huge pages, if it has none; call it before anything is begun."""
+def start_over() -> None:
+    """Replace this process by the same command with what has to be set before anything is imported, if there is such:
+    huge pages, and VGEN_DEBUG where the command has --config.debug=true.  Call it before anything is begun.
+    """
     environ = with_huge_pages(os.environ)
+    if re.fullmatch("--?config.debug(=[Tt]rue|=1)?", next((a for a in sys.argv if "config.debug" in a), "")):
+        environ = {**(environ or os.environ), "VGEN_DEBUG": "1"} if "VGEN_DEBUG" not in os.environ else environ
     if environ is not None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)

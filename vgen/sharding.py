@@ -1,7 +1,7 @@
 """Meshes from config, parameters by rules, activations by one constraint.
 
-Axes: `data` (replicas), `fsdp` (parameters and batch are split), `tensor` (inside a layer).  A batch is split over
-data and fsdp together.
+Axes: `data` (replicas), `fsdp` (parameters and batch are split), `sequence` (tokens, or rows of a picture, are split
+between layers), `tensor` (heads and hidden widths inside a layer).  A batch is split over data and fsdp together.
 """
 
 import re
@@ -14,17 +14,24 @@ from jax.sharding import PartitionSpec as P
 
 from vgen.config import ConfigError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH = P(("data", "fsdp"))
+# Of every transformer here: by columns, so that a device has whole heads, then by rows, so that one sum ends a branch
+# (Megatron-LM, Shoeybi et al. 2019, section 3).
+TENSOR = (
+    (r"(.*/)?(q|k|v|[kv]_\w+|fc1|gate)/kernel", ("fsdp", "tensor")),
+    (r"(.*/)?(q|k|v|[kv]_\w+|fc1|gate)/bias", ("tensor",)),
+    (r"(.*/)?(out|fc2)/kernel", ("tensor", "fsdp")),
+)
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh with axes data, fsdp, tensor; one of them may be -1 and takes the devices that are left.
+def make_mesh(data: int = -1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh with axes data, fsdp, sequence, tensor; one of them may be -1 and takes the devices that are left.
 
     Raises ConfigError when the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
@@ -36,7 +43,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
             f"mesh {sizes} does not cover {len(devices)} devices: the sizes must multiply to {len(devices)}"
         )
     grid = np.asarray(devices, dtype=object).reshape(tuple(sizes[axis] for axis in AXES))
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[tuple[str, Sequence]], min_size: int) -> P:
@@ -44,7 +51,8 @@ def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[tuple[
 
     rules: (regex, entries), entries being one mesh axis (or None) per array axis, right-aligned: a rule written for a
       [in, out] kernel also serves a stacked [layers, in, out] one.
-    The default splits the largest axis that `fsdp` divides; arrays of fewer than `min_size` values are replicated.
+    The default splits the largest axis that `fsdp` divides, and where several devices are along `tensor`, what TENSOR
+      names as it says, as far as sizes divide; arrays of fewer than `min_size` values are replicated.
     Raises ConfigError when a rule has more entries than the array has axes, names an axis that the mesh has not, or
       one that does not divide.
     """
@@ -68,9 +76,20 @@ def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[tuple[
                         f"sharding rule {pattern!r}: {path} {tuple(shape)} is not divisible by {ways} ({axis})"
                     )
             return P(*entries)
-    ways = mesh.shape["fsdp"]
-    candidates = [i for i, size in enumerate(shape) if size % ways == 0]
-    if ways == 1 or not candidates or int(np.prod(shape)) < min_size:
+    return P() if int(np.prod(shape)) < min_size else _default(path, shape, mesh)
+
+
+def _default(path: str, shape: Sequence[int], mesh: Mesh) -> P:
+    """The PartitionSpec of a large parameter that no rule names."""
+    divides = lambda axis, size: mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
+    if mesh.shape["tensor"] > 1:
+        for pattern, entries in TENSOR:
+            if re.fullmatch(pattern, path):
+                n = len(entries)
+                found = [axis if divides(axis, size) else None for axis, size in zip(entries, shape[-n:])]
+                return P(*(None,) * (len(shape) - n), *found)
+    candidates = [i for i, size in enumerate(shape) if divides("fsdp", size)]
+    if not candidates:
         return P()
     largest = max(candidates, key=lambda i: (shape[i], i))
     return P(*("fsdp" if i == largest else None for i in range(len(shape))))
@@ -92,13 +111,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array) -> jax.Array:
-    """Pin the leading (batch) axis of an activation to data and fsdp under the current mesh; identity without one.
+    """Pin an activation [batch, tokens or rows, ...] to the current mesh; identity without one.
 
-    Called at block edges, so that the compiler gathers parameters rather than activations.
+    Its first axis is split over data and fsdp, its second, where there are three or more, over sequence, each if it
+    divides.  Called at block edges, so that the compiler gathers parameters rather than activations; and of a split
+    sequence the keys and values, or the rows at the edge of a convolution, rather than everything.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or "data" not in mesh.axis_names:
         return x
     if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
-    return jax.lax.with_sharding_constraint(x, P(("data", "fsdp"), *(None,) * (x.ndim - 1)))
+    ways = mesh.shape.get("sequence", 1)
+    tokens = "sequence" if ways > 1 and x.ndim > 2 and x.shape[1] % ways == 0 else None
+    return jax.lax.with_sharding_constraint(x, P(*(("data", "fsdp"), tokens, *(None,) * x.ndim)[: x.ndim]))

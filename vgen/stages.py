@@ -7,19 +7,21 @@ import dataclasses
 import inspect
 import json
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from vgen import features, sharding, trees
+from vgen import debug, features, sharding, trees
 from vgen import state as states
 from vgen.checkpoint import Checkpoints
 from vgen.config import ConfigError, UserError, arguments, build, call, diff, resolve, to_dict, to_json
 from vgen.data.cache import cache_source
 from vgen.data.open import open_captions, open_pipeline
 from vgen.data.text import open_tokenizer
+from vgen.hosts import everyone, in_turn
 from vgen.log import Log
 from vgen.train import Hook, TrainConfig, build_optimizers, fit, place_frozen
 
@@ -116,6 +118,9 @@ class RunConfig:
       does not generate -> metrics ({} = none).
     prompts: what `--mode=train` draws at the end.  published: numbers from the paper; nothing reads them but tests.
     weights: folder of a published checkpoint, for configs whose paths refer to it; nothing else reads it.
+    topology: the slice that the scale is made for, such as "v4:4x8x8", which `--mode=plan` takes where none is given.
+    profile, profile_steps: write a trace of these steps of every stage's training, see `vgen.debug.Trace`.
+    debug: see `vgen.debug`.
     """
 
     name: str
@@ -130,6 +135,10 @@ class RunConfig:
     prompts: tuple[str, ...] = ()
     published: dict[str, Any] = dataclasses.field(default_factory=dict)
     weights: str = ""
+    topology: str = ""
+    profile: bool = False
+    profile_steps: tuple[int, int] = (11, 13)
+    debug: bool = False
 
 
 class Run:
@@ -161,6 +170,7 @@ class Run:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         for name, stage in self.stages.items():
             where = f"config.stages.{name}"
+            self._trace(name)
             train = self.train_config(name)
             if train.batch_size % ways:
                 raise ConfigError(f"{where}.train.batch_size: {train.batch_size} does not divide over {ways} devices")
@@ -228,13 +238,14 @@ class Run:
         """Make the workdir and record the config; UserError with a diff when it belongs to another config."""
         path = self.workdir / "config.json"
         try:
-            self.workdir.mkdir(parents=True, exist_ok=True)
-            (self.workdir / ".writable").touch()
-            (self.workdir / ".writable").unlink(missing_ok=True)  # another host may have been here
-            if not path.exists():
-                temporary = path.with_name("config.json.tmp")
-                temporary.write_text(to_json(self.recorded))
-                temporary.replace(path)
+            with in_turn():
+                self.workdir.mkdir(parents=True, exist_ok=True)
+                (self.workdir / ".writable").touch()
+                (self.workdir / ".writable").unlink(missing_ok=True)  # another host may have been here
+                if not path.exists():
+                    temporary = path.with_name("config.json.tmp")
+                    temporary.write_text(to_json(self.recorded))
+                    temporary.replace(path)
         except OSError as error:
             raise UserError(f"cannot write to the workdir {self.workdir}: {error.strerror or error}") from None
         self._check_recorded(path)
@@ -271,7 +282,8 @@ class Run:
             stage = self.stages[next(name for name in self.config.order if self.stages[name].data.get("text", True))]
             corpus = lambda: open_captions(**stage.data)
             given = dict(corpus=corpus, cache=self.workdir / "tokenizer.json")
-            self._text = call(open_tokenizer, self.config.text | given, "config.text")
+            with in_turn():
+                self._text = call(open_tokenizer, self.config.text | given, "config.text")
         return self._text
 
     def batches(self, name: str, *, held_out: bool = False, cached: bool = False, **changed):
@@ -400,26 +412,39 @@ class Run:
             self.folder(name), keep=config.keep, keep_every=config.keep_every, meta={"frozen": origin}, warn=warn
         )
         key = jax.random.fold_in(jax.random.key(self.config.seed), self.config.order.index(name))
+        hooks, around = self._hooks(name, config, given, log, cached), lambda step: step
+        trace = self._trace(name)
+        if self.config.profile:
+            hooks.insert(0, Hook(1, trace))
+        if self.config.debug:
+            watch, around = debug.Watch(), debug.guarded
+            task = watch(task)
+            hooks.insert(0, Hook(1, watch.check))
         with self.batches(name, cached=cached) as batches:
             try:
                 return fit(
-                    task, config, batches, layout=layout, mesh=self.mesh, key=key, given=given,
-                    checkpoints=checkpoints, log=log, should_stop=should_stop,
-                    hooks=self._hooks(name, config, given, log, cached),
+                    task, config, batches, layout=layout, mesh=self.mesh, key=key, given=given, around=around,
+                    checkpoints=checkpoints, log=log, should_stop=should_stop, hooks=hooks,
                 )  # fmt: skip
             finally:
+                trace.close()
                 log.finish()
                 checkpoints.close()
+
+    def _trace(self, name: str) -> debug.Trace:
+        return debug.Trace(self.folder(name) / "profile", *self.config.profile_steps)
 
     def _make(self, name: str) -> None:
         """Write a stage's training data, if it is one that makes them and has not done so."""
         spec, folder = self.stage(name).make, self.folder(name)
-        if not spec or (folder / "made" / "cache.json").is_file():
+        if not spec or everyone((folder / "made" / "cache.json").is_file())[0]:
             return
         examples, report = build(spec, f"config.stages.{name}.make")(self)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "made.json").write_text(json.dumps(report, indent=1))
-        cache_source(examples, folder / "made")
+        with in_turn():
+            if jax.process_index() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "made.json").write_text(json.dumps(report, indent=1))
+                cache_source(examples, folder / "made")
 
     def _hooks(self, name: str, config: TrainConfig, given, log: Log, cached: bool) -> list[Hook]:
         task, layout, evaluate = self.task(name), self.layout(name, cached), self.stage(name).evaluate
@@ -442,7 +467,7 @@ class Run:
                     some = (batch for _, batch in zip(range(evaluate.get("batches", 8)), batches))
                     metrics = task.evaluate(tree(state), some, key)
                 log.scalars(step, {f"eval/{metric}": value for metric, value in metrics.items()})
-                if step == config.steps:
+                if step == config.steps and not log.quiet:
                     text = json.dumps({"step": step, **{k: float(v) for k, v in metrics.items()}}, indent=1)
                     (self.folder(name) / "eval.json").write_text(text)
 
@@ -450,8 +475,12 @@ class Run:
         return hooks
 
 
-def warn(sentence: str) -> None:
-    """One line on stderr."""
-    import sys
+def tell(sentence: str) -> None:
+    """One line on stderr; of all processes the first says it."""
+    if jax.process_index() == 0:
+        print(sentence, file=sys.stderr, flush=True)
 
-    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+
+def warn(sentence: str) -> None:
+    """A warning, told as `tell` does."""
+    tell(f"warning: {sentence}")

@@ -11,6 +11,7 @@ import numpy as np
 from vgen import sharding, trees
 from vgen.config import UserError, call
 from vgen.data import images
+from vgen.hosts import whole
 from vgen.stages import GenerateConfig, Run
 
 JUDGED = ("image_out", "text", "text_mask", "label")  # what a judge is told of a batch
@@ -117,7 +118,7 @@ class System:
                 conds = {"image": self._spread(square[rows])}
                 key = jax.random.fold_in(jax.random.key(seed), batch)
                 made = self._functions[name](self.params[name], key, conds, **self.knobs(name, overrides))
-                found += self.text.tokenizer.decode(np.asarray(made["text_out"])[:new])
+                found += self.text.tokenizer.decode(whole(made["text_out"])[:new])
         return found
 
     def __call__(
@@ -166,7 +167,7 @@ class System:
                     chosen["steps"] = steps.get(name) if isinstance(steps, Mapping) else (steps if i == 0 else None)
                     knobs = self.knobs(name, chosen)
                     conds |= self._functions[name](self.params[name], jax.random.fold_in(key, i), conds, **knobs)
-                    drawn.append(np.asarray(conds["image_out"]))
+                    drawn.append(whole(conds["image_out"]))
                 scores = self._scores(conds) if of > 1 else np.zeros(len(rows))
                 for row, place in enumerate(places[:new]):
                     if scores[row] > best[place]:
@@ -179,4 +180,4 @@ class System:
         """What the judge says of a batch; of one that it finds no number for, the least."""
         score, params = self._judge
         told = {name: conds[name] for name in JUDGED if name in conds}
-        return np.nan_to_num(np.asarray(score(params, told), np.float64), nan=-np.finfo(np.float64).max)
+        return np.nan_to_num(whole(score(params, told)).astype(np.float64), nan=-np.finfo(np.float64).max)

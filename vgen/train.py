@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vgen import optim, sharding, trees
+from vgen import optim, platform, sharding, trees
 from vgen import state as states
 from vgen.config import UserError, call
 from vgen.types import Context, Task
@@ -188,7 +188,9 @@ def program(task: Task, config: TrainConfig, layout: states.Layout, mesh: Mesh):
     )
     pure = make_step(task, layout.groups, optimizers, ema_decay=config.ema_decay, accumulate=config.accumulate)
     places = (shardings, sharding.replicated(mesh))
-    return make, shardings, jax.jit(pure, donate_argnums=0, in_shardings=None, out_shardings=places), rates
+    options = platform.compiler_options(mesh.size)
+    step = jax.jit(pure, donate_argnums=0, in_shardings=None, out_shardings=places, compiler_options=options)
+    return make, shardings, step, rates
 
 
 def fit(
@@ -204,12 +206,14 @@ def fit(
     log=None,
     hooks: Sequence[Hook] = (),
     should_stop: Callable[[], bool] = lambda: False,
+    around: Callable[[Callable], Callable] = lambda step: step,
 ) -> states.State:
     """Train `task` to `config.steps`, from the newest checkpoint if there is one, and return the final state.
 
     batches: global device arrays; if it has `get_state`/`set_state`, its position is saved and restored.
     given: parameters from elsewhere, by path: every frozen parameter must be there, trained ones start from it.
     checkpoints: a `checkpoint.Checkpoints` (None: nothing is saved).  log: a `log.Log` (None: silent).
+    around: changes how the compiled step is called, such as `debug.guarded`.
     Raises Diverged after config.max_bad_steps non-finite steps in a row, Stopped when should_stop() became true
     (the state is saved first), UserError when a frozen parameter has no source.
     """
@@ -223,7 +227,7 @@ def fit(
             state, position = restored
             if position is not None and hasattr(batches, "set_state"):
                 batches.set_state(position)
-        return _loop(config, train_step, state, frozen, batches, rates, checkpoints, log, hooks, should_stop)
+        return _loop(config, around(train_step), state, frozen, batches, rates, checkpoints, log, hooks, should_stop)
 
 
 def _loop(config, train_step, state, frozen, batches, rates, checkpoints, log, hooks, should_stop):
@@ -234,7 +238,9 @@ def _loop(config, train_step, state, frozen, batches, rates, checkpoints, log, h
     save = lambda: checkpoints and checkpoints.save(step, state, batches)
     clock, waited = time.perf_counter(), getattr(batches, "wait_seconds", 0.0)
     while step < config.steps:
-        state, metrics = train_step(state, frozen, next(batches))
+        batch = next(batches)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = train_step(state, frozen, batch)
         step += 1
         # The metrics fetched are those of the step before, so that the device never waits for the host.
         if pending is not None:

@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from vgen.layers import attention_kernels as kernels
 from vgen.layers.attention import MultiHeadAttention, Site, attention, multi_axis
+from vgen.sharding import AXES
 from vgen.types import AttentionControl, Step
 
 
@@ -315,7 +316,7 @@ def test_flash_kernel_compiles_for_a_tpu(monkeypatch, dtype):
 
 def test_kernels_split_over_a_mesh(monkeypatch):
     """Each device runs the kernel on its own samples and heads; XLA cannot split it."""
-    mesh = AbstractMesh((2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh((2, 1, 1, 2), AXES, axis_types=(AxisType.Auto,) * 4)
     arrays = [jax.ShapeDtypeStruct((4, 512, 4, 64), jnp.float32)] * 3
     mask = jnp.ones((4, 1, 1, 512), bool)
     monkeypatch.setattr(jax, "device_count", lambda: 4)
@@ -327,3 +328,16 @@ def test_kernels_split_over_a_mesh(monkeypatch):
             jaxpr = str(jax.make_jaxpr(lambda *a: attention(*a, mask=mask))(*arrays))
         assert "shard_map" in jaxpr and "f32[2,512,2,64]" in jaxpr
         assert ("pallas_call" in jaxpr) == (backend is not None)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_kernels_split_queries_over_the_sequence(monkeypatch, causal):
+    """Each device runs the kernel on its own queries and all keys; where the kernel counts queries it has them all."""
+    mesh = AbstractMesh((2, 1, 2, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+    arrays = [jax.ShapeDtypeStruct((4, n, 4, 64), jnp.float32) for n in (512, 600, 600)]
+    bias = jnp.zeros((1, 4, 512, 600))
+    with jax.sharding.use_abstract_mesh(mesh):
+        jaxpr = str(jax.make_jaxpr(lambda *a: attention(*a, bias=bias, causal=causal))(*arrays))
+    queries = 512 if causal else 256
+    assert "shard_map" in jaxpr and f"f32[2,{queries},4,64]" in jaxpr and "f32[2,600,4,64]" in jaxpr
+    assert ("f32[2,512,4,64]" in jaxpr) == causal and f"f32[1,4,{queries},600]" in jaxpr

@@ -1,4 +1,4 @@
-"""The command line: python -m vgen.bench peers|bf16|compile|curves|claims [--only REGEX] [--runs N].
+"""The command line: python -m vgen.bench peers|bf16|compile|curves|claims|plan [--only REGEX] [...].
 
 Every mistake of the caller ends as one sentence on stderr and exit code 2.
 """
@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator
 
 from vgen.config import UserError
-from vgen.platform import start_over_with_huge_pages
+from vgen.platform import start_over
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 after a mistake of the caller."""
     parser = argparse.ArgumentParser("vgen.bench", description="Suites that measure and print tables.")
-    suites = parser.add_subparsers(dest="suite", required=True, metavar="peers|bf16|compile|curves|claims")
+    suites = parser.add_subparsers(dest="suite", required=True, metavar="peers|bf16|compile|curves|claims|plan")
     peers = suites.add_parser("peers", help="speed beside the PyTorch references, same weights, float32")
     peers.add_argument("--only", default="", help="regular expression of the cases' names")
     peers.add_argument("--runs", type=int, default=5, help="of each side; the fastest counts (default: %(default)s)")
@@ -32,6 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     scales = ["mini", "tiny", "paper"]
     claims.add_argument("--scale", default="mini", choices=scales, help="of the times (default: %(default)s)")
     claims.add_argument("--out", default="", help="a file for all numbers, as JSON")
+    plans = suites.add_parser("plan", help="what every config takes of its slice, compiled ahead of time (extra tpu)")
+    plans.add_argument("--only", default="", help="regular expression of the configs' names")
+    plans.add_argument("--scale", default="paper", help="of the configs (default: %(default)s)")
+    plans.add_argument("--topology", default="", help="a slice in the place of the configs' own")
+    plans.add_argument("--configs", default="configs", help="folder of the configs (default: %(default)s)")
+    plans.add_argument("--out", default="", help="a file for all numbers, as JSON")
     options = parser.parse_args(argv)
     try:
         for line in _lines(options):
@@ -59,11 +65,15 @@ def _lines(options) -> Iterator[str]:
         from vgen.bench import claims
 
         return claims.table(options.only, options.runs, options.scale, options.out)
+    if options.suite == "plan":
+        from vgen.bench import plan
+
+        return plan.table(options.configs, options.only, options.scale, options.out, options.topology)
     from vgen.bench import bf16
 
     return bf16.table(options.only)
 
 
 if __name__ == "__main__":
-    start_over_with_huge_pages()
+    start_over()
     sys.exit(main())

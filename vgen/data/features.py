@@ -4,12 +4,14 @@ A folder of them holds
 
     manifest.json        what they were made from, and whether they are complete
     data-*.arrayrecord   the examples (see `vgen.data.cache`); each file appears under its name when it is whole
-    data-*.json          beside each: which examples of the source, and their buckets' sizes, one run after another
+    data-*.json          beside each: which examples of the source, their buckets' sizes, one run after another, and
+                         "slots": their places in the order of one process, however many have written them
     empty.npz            what the encoder says of the empty text
 """
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +93,7 @@ class Features:
         if there != self.manifest["files"]:
             lost = sorted(set(self.manifest["files"]) - set(there)) or ["none, but others were added"]
             raise self._error(f"{len(there)} files, missing {lost[0]}", "those of its manifest", "delete the folder")
-        return FeatureSource(self.folder, self.dtype, pictures)
+        return FeatureSource(self.folder, self.dtype, pictures, self._order())
 
     def buckets(self) -> Buckets | None:
         """The picture sizes that the examples were brought to; None where they were all the same."""
@@ -99,11 +101,19 @@ class Features:
         if any(size is None for size, _ in runs):
             return None
         sizes = np.repeat(np.array([size for size, _ in runs], np.int32), [count for _, count in runs], axis=0)
+        sizes = sizes[self._order()]
         return Buckets(np.unique(sizes, axis=0), sizes)
 
     def indices(self) -> np.ndarray:
         """int64 [n]: the places of the examples in the source."""
-        return np.concatenate([np.array(notes["indices"], np.int64) for notes in self._notes()])
+        return np.concatenate([np.array(notes["indices"], np.int64) for notes in self._notes()])[self._order()]
+
+    def _order(self) -> np.ndarray:
+        """int64 [n]: where in the files, one behind the other, each example is."""
+        notes = self._notes()
+        if not all("slots" in each for each in notes):
+            return np.arange(sum(len(each["indices"]) for each in notes))
+        return np.argsort(np.concatenate([np.array(each["slots"], np.int64) for each in notes]))
 
     def _notes(self) -> list[dict[str, Any]]:
         files = (self.folder / name for name in self.manifest["files"])
@@ -119,34 +129,47 @@ class Features:
 
     # -------------------------------------------------------------------------------------------------------- writing
 
-    def begin(self, process_index: int = 0) -> None:
-        """Make the folder; drop what a process that was killed had not finished."""
-        if process_index:
-            return
+    def begin(self, shards: int = 1, layout: Any = None) -> None:
+        """Make the folder; drop what killed processes had not finished.  One process calls it, before all others go on.
+
+        layout: JSON, what the files depend on beside `made_from`, such as how many examples are in each.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob("*.part"):
-            path.unlink()
-        _write_json(self.folder / "manifest.json", {"made_from": self.made_from, "complete": False})
+        gone = set(self.missing(shards) if self.manifest.get("layout") == layout else range(shards))
+        kept = {path for k in range(shards) if k not in gone for path in self._files(k, shards)}
+        for path in self.folder.glob("*"):
+            if path.suffix == ".part" or (path.name.startswith("data-") and path.with_suffix(SUFFIX) not in kept):
+                path.unlink()
+        self.manifest = {"made_from": self.made_from, "layout": layout, "complete": False}
+        _write_json(self.folder / "manifest.json", self.manifest)
 
-    def missing(self, shards: int, process_count: int = 1) -> list[int]:
-        """The shards that are not there from every process."""
-        name = lambda k, process: self.folder / f"{_stem(k, shards, process)}{SUFFIX}"
-        return [k for k in range(shards) if not all(name(k, p).is_file() for p in range(process_count))]
+    def _files(self, shard: int, shards: int) -> list[Path]:
+        return sorted(self.folder.glob(f"{_stem(shard, shards)}*{SUFFIX}"))
 
-    def write(self, shard: int, shards: int, examples: Iterable[Mapping[str, Any]], process_index: int = 0) -> None:
-        """One shard, under its name only when it is whole.
+    def missing(self, shards: int) -> list[int]:
+        """The shards that are not there whole, from as many processes as their files name."""
+        whole = lambda files: files and len(files) == int(re.search(r"(?:-of-(\d+))?$", files[0].stem[20:])[1] or 1)
+        return [k for k in range(shards) if not whole(self._files(k, shards))]
 
-        examples: arrays and labels, with "source_index", their place in the source.
+    def write(
+        self, shard: int, shards: int, examples: Iterable[Mapping[str, Any]], process: int = 0, processes: int = 1
+    ) -> None:
+        """One shard, or this process's part of it, under its name only when it is whole.
+
+        examples: arrays and labels, with "source_index", their place in the source; if they have "slot", that is their
+          place among all examples, otherwise the one in which they come.
         Raises DataError for a number that dtype does not hold.
         """
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        path = self.folder / f"{_stem(shard, shards, process_index)}{SUFFIX}"
-        part, runs, indices = path.with_suffix(".part"), [], []
+        path = self.folder / f"{_stem(shard, shards, process, processes)}{SUFFIX}"
+        part, runs, indices, slots = path.with_suffix(".part"), [], [], []
         writer = ArrayRecordWriter(os.fspath(part), WRITER)
         try:
             for example in examples:
-                writer.write(pack({key: self._stored(key, value) for key, value in example.items()}))
+                slots += [int(example["slot"])] if "slot" in example else []
+                stored = {key: self._stored(key, value) for key, value in example.items() if key != "slot"}
+                writer.write(pack(stored))
                 size = None if "target" not in example else [int(side) for side in example["target"]]
                 if not runs or runs[-1][0] != size:
                     runs.append([size, 0])
@@ -154,7 +177,7 @@ class Features:
                 indices.append(int(example["source_index"]))
         finally:
             writer.close()
-        _write_json(path.with_suffix(".json"), {"indices": indices, "runs": runs})
+        _write_json(path.with_suffix(".json"), {"indices": indices, "runs": runs} | ({"slots": slots} if slots else {}))
         part.replace(path)
 
     def finish(self, standalone: bool, empty: Mapping[str, np.ndarray], process_index: int = 0) -> None:
@@ -191,10 +214,13 @@ class Features:
 
 
 class FeatureSource:
-    """Examples by index: their features and what else was kept; with `pictures` also all that this source holds."""
+    """Examples by index: their features and what else was kept; with `pictures` also all that this source holds.
 
-    def __init__(self, folder: str | os.PathLike, dtype: str, pictures=None):
-        self._records, self._dtype, self._pictures = ArrayRecords(folder), dtype, pictures
+    order: int [n], the place of each example in the files (default: as they lie there).
+    """
+
+    def __init__(self, folder: str | os.PathLike, dtype: str, pictures=None, order: np.ndarray | None = None):
+        self._records, self._dtype, self._pictures, self._order = ArrayRecords(folder), dtype, pictures, order
 
     def __len__(self) -> int:
         return len(self._records)
@@ -203,7 +229,8 @@ class FeatureSource:
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        examples = self._records.__getitems__(indices)
+        places = indices if self._order is None else [int(self._order[i]) for i in indices]
+        examples = self._records.__getitems__(places)
         if self._dtype == "bfloat16":
             bits = lambda x: isinstance(x, np.ndarray) and x.dtype == np.uint16
             examples = [{k: x.view(ml_dtypes.bfloat16) if bits(x) else x for k, x in e.items()} for e in examples]
@@ -239,8 +266,8 @@ def _wide(x) -> np.ndarray:
     return np.asarray(x) if x.dtype == bool else np.asarray(x, np.float32)
 
 
-def _stem(shard: int, shards: int, process: int) -> str:
-    return f"data-{shard:05d}-of-{shards:05d}" + (f"-{process:03d}" if process else "")
+def _stem(shard: int, shards: int, process: int = 0, processes: int = 1) -> str:
+    return f"data-{shard:05d}-of-{shards:05d}" + (f"-{process:03d}-of-{processes:03d}" if processes > 1 else "")
 
 
 def _write_json(path: Path, value: Any) -> None:

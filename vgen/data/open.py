@@ -19,6 +19,7 @@ from vgen.data.pipeline import Pipeline
 from vgen.data.prefetch import prefetch_to_device
 from vgen.data.sources import Source, open_source
 from vgen.data.text import Texts
+from vgen.hosts import in_turn
 
 CORPUS = 20_000  # captions a text tokenizer is trained on
 
@@ -37,7 +38,8 @@ def source_of(
         return opened
     settings, digest = _settings(source=source, options=options)
     name = f"{source.partition(':')[0]}-{split}-{size}-{cached}-{digest}"
-    return cache_source(opened, Path(cache_dir) / name, cached, config=settings)
+    with in_turn():
+        return cache_source(opened, Path(cache_dir) / name, cached, config=settings)
 
 
 def _settings(**settings) -> tuple[str, str]:
@@ -61,13 +63,14 @@ def sizes_of(
         return scan(opened)
     _, digest = _settings(source=source, split=split, cached=cached, options=options, count=len(opened))
     path = Path(cache_dir) / f"sizes-{kind}-{split}-{digest}.npy"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        with part.open("wb") as file:
-            np.save(file, scan(opened))
-        part.replace(path)
-    return np.load(path)
+    with in_turn():
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f".{path.name}.{os.getpid()}.part")
+            with part.open("wb") as file:
+                np.save(file, scan(opened))
+            part.replace(path)
+        return np.load(path)
 
 
 def open_captions(
@@ -78,6 +81,15 @@ def open_captions(
     for i in range(min(CORPUS, len(opened))):
         caption = opened[i].get("caption")
         yield from caption if isinstance(caption, list) else [caption or ""]
+
+
+def rows_of(sharding: jax.sharding.Sharding, batch_size: int) -> tuple[int, ...]:
+    """The rows of a batch of all processes that this one's devices hold, and which it therefore has to read.
+
+    They follow from the mesh: processes along `tensor` hold the same rows, and on a pod they need not be neighbours.
+    """
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return tuple(sorted({row for (rows,) in held for row in range(batch_size)[rows]}))
 
 
 def open_pipeline(
@@ -142,8 +154,7 @@ def open_pipeline(
         remainder="pad" if encode else "drop",
         workers=workers,
         threads=threads,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows_of(sharding, batch_size),
         max_bad_fraction=max_bad_fraction,
     )
     if encode:

@@ -39,11 +39,13 @@ class Pipeline:
     remainder: what to do with the end of a pass when repeat is False: "drop" it, or "pad" the last batch with other
       examples, told apart by the key "valid".
     workers: processes; 0 works in `threads` threads of this process, best for examples that are cheap to make.
+    process_index, process_count: this process reads one of as many equal slices of each batch.
+    rows: the rows that it reads instead, ascending, where a mesh deals them out in another way.
     max_bad_fraction: a larger share of undecodable images ends the run with a DataError.
     keys: what a batch holds; by default image, text if there is a tokenizer, label and masks if the first example has
     them.  Masks go with pictures as they are: neither is flipped, augmented or cut at random then.
 
-    A batch is a dict of NumPy arrays for this host's slice, b = batch_size / process_count: image uint8 [b, h, w, 3],
+    A batch is a dict of NumPy arrays for this host's b rows (batch_size / process_count): image uint8 [b, h, w, 3],
     text int32 [b, text_length], text_mask bool [b, text_length], label int32 [b], masks bool [b, n, h, w], caption str
     [b], index int32 [b] (the position in the source, always there), valid bool [b] (with remainder="pad"); any other
     key is stacked as it is.
@@ -71,6 +73,7 @@ class Pipeline:
     threads: int = 2
     process_index: int = 0
     process_count: int = 1
+    rows: tuple[int, ...] | None = None
     max_bad_fraction: float = 0.01
 
     def __post_init__(self):
@@ -88,6 +91,11 @@ class Pipeline:
             )
         if not 0 <= self.process_index < self.process_count:
             raise ValueError(f"Pipeline: process_index must be in [0, {self.process_count}), got {self.process_index}")
+        if self.rows is None:
+            b = self.batch_size // self.process_count
+            object.__setattr__(self, "rows", tuple(range(self.process_index * b, self.process_index * b + b)))
+        if not self.rows or list(self.rows) != sorted({row for row in self.rows if 0 <= row < self.batch_size}):
+            raise ValueError(f"Pipeline: rows must ascend below batch_size {self.batch_size}, got {self.rows}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"Pipeline: seed must be in [0, 2**32), got {self.seed}")
         if not len(self.source):
@@ -138,18 +146,16 @@ class Pipeline:
 
     def load(self, k: int) -> dict[str, Any]:
         """Batch number `k` of this host, with one extra entry "_bad": JSON, [name, reason] per replaced image."""
-        b = self.batch_size // self.process_count
-        mine = range(self.process_index * b, self.process_index * b + b)  # slots of the batch of all hosts
-        first = k * self.batch_size + mine.start
+        first = k * self.batch_size
         if self._plan is None:
-            indices, valid = [self._order(first + j) for j in range(b)], len(self.source) - k * self.batch_size
+            indices, valid = [self._order(first + row) for row in self.rows], len(self.source) - first
         else:
             _, indices, valid = self._plan[k]
-            indices = indices[mine.start : mine.stop].tolist()
+            indices = indices[list(self.rows)].tolist()
         batch, bad = {}, []
         rows = [
-            self._row(i, example, first + j, bad)
-            for j, (i, example) in enumerate(zip(indices, _read(self.source, indices)))
+            self._row(i, example, first + row, bad)
+            for row, i, example in zip(self.rows, indices, _read(self.source, indices))
         ]
         for key in self.keys:
             if key == "text":
@@ -158,7 +164,7 @@ class Pipeline:
                 batch[key] = _stack(key, [row[key] for row in rows])
         batch["index"] = np.array([row["_index"] for row in rows], np.int32)
         if self.remainder == "pad" and not self.repeat:
-            batch["valid"] = np.asarray(mine) < valid
+            batch["valid"] = np.asarray(self.rows) < valid
         return batch | {"_bad": json.dumps(bad)}
 
     def _order(self, position: int) -> int:
@@ -335,6 +341,7 @@ class Batches(Iterator):
     def __init__(self, pipeline: Pipeline):
         self._pipeline, self._inner = pipeline, None
         self._next, self.seen, self.bad, self._named = 0, 0, 0, {}
+        self._hosts = pipeline.batch_size // len(pipeline.rows)
 
     def __len__(self) -> int:
         return len(self._pipeline)
@@ -363,7 +370,7 @@ class Batches(Iterator):
                 self._named[name] = reason
                 logging.warning("skipped %s: %s", name, reason)
         limit, n = self._pipeline.max_bad_fraction, len(self._pipeline.source)
-        passes = -(-self.seen * self._pipeline.process_count // n)
+        passes = -(-self.seen * self._hosts // n)
         likely = self.seen >= CHECK_FROM and self.bad - 3 * self.bad**0.5 > limit * self.seen
         if likely or self.bad > limit * n * passes:
             self.close()
@@ -380,8 +387,8 @@ class Batches(Iterator):
         p = self._pipeline
         return {
             "batches": self._next,
-            "seen": self.seen,
-            "bad": self.bad,
+            "seen": self.seen * self._hosts,
+            "bad": self.bad * self._hosts,
             "examples": len(p.source),
             **{key: getattr(p, key) for key in ("batch_size", "seed", "shuffle", "repeat")},
             **({} if p.buckets is None else {"buckets": p._plan.mark}),
@@ -399,7 +406,7 @@ class Batches(Iterator):
                 "resume with the data and settings of that run",
             )
         self.close()
-        self._next, self.seen, self.bad = state["batches"], state["seen"], state["bad"]
+        self._next, self.seen, self.bad = state["batches"], state["seen"] // self._hosts, state["bad"] // self._hosts
 
     def close(self) -> None:
         """Stop threads and workers; iterating again goes on from the same position."""

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from vgen import platform
+from vgen.sharding import AXES
 
 LARGE = 2**18  # logits per head; from here on chunks are faster on a CPU, and below it all is cheap
 TILE = 2**21  # logits that a chunk holds at most, 8 MiB of float32
@@ -60,7 +61,7 @@ def chunked(
         out = out.reshape(*out.shape[:2], chunks * size, -1)[:, :, :n]
         return out.swapaxes(1, 2).astype(v.dtype)
 
-    return _per_device(run, q, k, v, mask, bias)
+    return _per_device(run, q, k, v, mask, bias, whole=causal)
 
 
 def _heads(x, dtype):
@@ -146,7 +147,7 @@ def flash(
         out = kernel.flash_attention(*filled, segment_ids=ids, causal=causal, sm_scale=scale, block_sizes=sizes)
         return out.swapaxes(1, 2)[:, :n, :, :d]
 
-    return _per_device(run, q, k, v, mask)
+    return _per_device(run, q, k, v, mask, whole=causal)
 
 
 def _block_sizes(kernel, rows: int, columns: int):
@@ -157,25 +158,27 @@ def _block_sizes(kernel, rows: int, columns: int):
     return kernel.BlockSizes(**(sizes | dict(block_b=1)))
 
 
-def _per_device(f: Callable, q: Array, *others: Array | None) -> Array:
-    """f(q, *others) where every device has its own samples and heads, under the current mesh if there is one.
+def _per_device(f: Callable, q: Array, *others: Array | None, whole: bool) -> Array:
+    """f(q, *others) where every device has its own samples, heads and queries, under the current mesh if there is one.
 
     q and the arrays with four axes of which the third is heads come first; masks and biases [b, h, n, m] last.
+    whole: f needs all queries, because it counts them.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    names = {"data", "fsdp", "tensor"}
-    if mesh.empty or mesh.size == 1 or set(mesh.axis_names) != names or set(mesh.axis_types) != {AxisType.Auto}:
+    if mesh.empty or mesh.size == 1 or set(mesh.axis_names) != set(AXES) or set(mesh.axis_types) != {AxisType.Auto}:
         return f(q, *others)
+    divides = lambda axis, size: size % mesh.shape[axis] == 0
     batch = ("data", "fsdp") if q.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
-    heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
+    heads = "tensor" if divides("tensor", q.shape[2]) else None
+    queries = "sequence" if divides("sequence", q.shape[1]) and not whole else None
 
-    def spec(a, axis):  # an axis of length one is the same for all devices
-        parts = [None] * 4
-        parts[0], parts[axis] = (batch if a.shape[0] > 1 else None), (heads if a.shape[axis] > 1 else None)
-        return P(*parts)
+    def spec(a, *axes):  # an axis of length one is the same for all devices
+        names = zip(axes, (batch, heads, queries))
+        found = {axis: name for axis, name in names if a.shape[axis] > 1}
+        return P(*(found.get(i) for i in range(4)))
 
     given = [q, *(a for a in others if a is not None)]
-    specs = [spec(a, 2 if i < 3 else 1) for i, a in enumerate(given)]
+    specs = [spec(q, 0, 2, 1), *(spec(a, 0, 2) if i < 2 else spec(a, 0, 1, 2) for i, a in enumerate(given[1:]))]
 
     def local(*given):
         rest = iter(given[1:])

@@ -25,6 +25,7 @@ from vgen.data.scenes import World, scene
 from vgen.diffusion import grids
 from vgen.edit import from_image
 from vgen.edit.ilvr import low_pass
+from vgen.hosts import whole
 from vgen.metrics.scene_eval import diversity, is_scene, quality
 from vgen.types import Step
 
@@ -58,7 +59,7 @@ def sampler(system, told: bool = False, **changed) -> Callable[..., Pictures]:
             for i, (rows, new) in enumerate(system.batches(n, system.batch_size)):
                 key = jax.random.fold_in(jax.random.key(seed), i)
                 out = function(system.params[name], key, {k: x[rows] for k, x in conds.items()}, **knobs)
-                pictures.append(np.asarray(out["image_out"])[:new])
+                pictures.append(whole(out["image_out"])[:new])
         return np.concatenate(pictures)
 
     return draw

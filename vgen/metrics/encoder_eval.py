@@ -15,6 +15,7 @@ import numpy as np
 from vgen import trees
 from vgen.data.scene_text import Claims, Thing, write
 from vgen.data.scenes import Scenes, World, classes
+from vgen.hosts import whole
 from vgen.metrics import probe, retrieval
 from vgen.models.clip import unit
 
@@ -27,7 +28,7 @@ def encoded(function: Callable[..., Any], params: Any, *arrays: np.ndarray, batc
     n = len(arrays[0])
     for start in range(0, n, batch):
         rows = np.arange(start, start + batch).clip(max=n - 1)
-        found.append(np.asarray(run(params, *(array[rows] for array in arrays)), np.float32)[: n - start])
+        found.append(whole(run(params, *(array[rows] for array in arrays)))[: n - start].astype(np.float32))
     return np.concatenate(found)
 
 

@@ -14,6 +14,7 @@ from vgen import trees
 from vgen.automatic_masks import Automatic, generate
 from vgen.data.scene_text import Claims, Thing, write
 from vgen.data.scenes import Scenes, World, scene
+from vgen.hosts import whole
 from vgen.models import sam_prompt
 
 COLOURS = np.array([(230, 25, 75), (60, 180, 75), (0, 130, 200), (255, 200, 25), (145, 30, 180), (70, 240, 240)])
@@ -71,7 +72,7 @@ def means(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
     Raises ValueError where there is no object at all.
     """
-    rows = [{name: np.asarray(value) for name, value in row.items()} for row in rows]
+    rows = [{name: whole(value) for name, value in row.items()} for row in rows]
     valid = np.concatenate([row["valid"].ravel() for row in rows])
     if not valid.any():
         raise ValueError("segment_eval: no picture has a mask; open the data with masks")
@@ -156,7 +157,7 @@ class SegmentQuality:
             row, _ = interactive(
                 task, params, *(np.stack([each[key] for each in chosen]) for key in ("image", "masks"))
             )
-            rows.append({name: np.asarray(value)[:new] for name, value in row.items()})
+            rows.append({name: whole(value)[:new] for name, value in row.items()})
         scores = {"interactive": means(rows), "automatic_masks": self._automatic(task, params, examples[: self.some])}
         if self.texts:
             scores["text"] = self._texts(task, params, source, run.text_tokenizer())
@@ -173,7 +174,7 @@ class SegmentQuality:
             told = [write(Claims((Thing(thing.colour, thing.shape),))) for thing in things]
             room = source.world.max_objects - len(told)
             words = encode(params, *tokenizer([*told, *told[-1:] * room]))
-            scores = np.asarray(by_words(task, params, example["image"][None], example["masks"][None], words[None]))[0]
+            scores = whole(by_words(task, params, example["image"][None], example["masks"][None], words[None]))[0]
             for j, text in enumerate(told):
                 if len(told) > 1 and told.count(text) == 1:
                     right.append(scores[j, j])

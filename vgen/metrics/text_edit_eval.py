@@ -22,6 +22,7 @@ from vgen.data.scenes import World, prompts, relation
 from vgen.edit import align
 from vgen.edit.multidiffusion import multidiffusion, windows
 from vgen.edit.prompt_to_prompt import LocalBlend, prompt_to_prompt
+from vgen.hosts import whole
 from vgen.metrics.edit_eval import protocol, sampler
 from vgen.metrics.scene_eval import diversity, quality
 from vgen.metrics.scenes import judge, score
@@ -289,7 +290,7 @@ class _Drawer:
         setting = {name: np.float32(value) for name, value in setting.items()}
         with jax.set_mesh(self.system.run.mesh):
             drawn = self._draw(self.params, self.key, conds, self.knobs, *plan, setting, jnp.stack(noise))
-        return np.asarray(drawn)
+        return whole(drawn)
 
     def sources(self, tried, rows) -> np.ndarray:
         """Plain pictures of `size` captions."""

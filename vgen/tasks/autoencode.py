@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vgen.data import images as image_ops
+from vgen.hosts import whole
 from vgen.layers.quantize import code_counts, ema_update, usage_from_counts
 from vgen.metrics.lpips import feature_loss, init_lpips, lpips
 from vgen.models import discriminator as gan
@@ -45,7 +46,7 @@ class Autoencode:
       only for a discriminator without batch normalisation.
     kl: weight of the Gaussian's KL against a standard normal, in nats per value of the picture; 1e-6 in latent
       diffusion, whose sums over both have this ratio.  Of a DVAE: of the KL against uniform tokens (DALL-E: 6.6).
-    kl_steps: that weight rises from 0 over so many steps.
+    kl_first, kl_steps: that weight begins at kl_first, 0 as published, and takes so many steps to become `kl`.
     least_scale: of a DVAE's likelihood, see `logit_laplace`.
     temperature: (first, last, steps): the relaxation of a DVAE's tokens becomes sharper over so many steps; this and
       the KL's weight follow a cosine (appendix A.2).
@@ -71,6 +72,7 @@ class Autoencode:
     adaptive: bool = True
     r1: float = 0.0
     kl: float = 1e-6
+    kl_first: float = 0.0
     kl_steps: int = 0
     least_scale: float = 0.0
     temperature: tuple[float, float, int] = (1.0, 1 / 16, 150_000)
@@ -210,7 +212,7 @@ class Autoencode:
         return gumbel_softmax(key, logits, temperature), Loss(self._kl_weight(step) * kl, metrics)
 
     def _kl_weight(self, step):
-        return self.kl * (1 - _falling(step, self.kl_steps)) if self.kl_steps else self.kl
+        return self.kl + (self.kl_first - self.kl) * _falling(step, self.kl_steps) if self.kl_steps else self.kl
 
     def _reconstruction(self, params, x_hat, x):
         """(weighted sum, {name: term}) of what compares pictures; in float32 or wider."""
@@ -301,7 +303,7 @@ class Autoencode:
                     x = image_ops.to_uint8(image_ops.downsample(image_ops.to_float(x), x.shape[1] // self.crop_size))
                 x_hat, latents = run(params, x)
                 error = (image_ops.to_uint8(x_hat).astype(jnp.float32) - x) / 255
-                psnr[name].append(np.asarray(-10 * jnp.log10(jnp.square(error).mean((1, 2, 3)) + 1e-10)))
+                psnr[name].append(whole(-10 * jnp.log10(jnp.square(error).mean((1, 2, 3)) + 1e-10)))
                 if self._gaussian:
                     spread.append(float(latents.std()))
                 else:
@@ -318,7 +320,7 @@ class Autoencode:
         """{"reconstruction": a sheet of originals above reconstructions}."""
         x = batch["image"][:8]
         x_hat = image_ops.to_uint8(jax.jit(self.reconstruct)(params, x)[0])
-        return {"reconstruction": image_ops.grid(np.concatenate([np.asarray(x), np.asarray(x_hat)]), columns=len(x))}
+        return {"reconstruction": image_ops.grid(np.concatenate([whole(x), whole(x_hat)]), columns=len(x))}
 
 
 def _falling(step, steps):

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from vgen import guidance
+from vgen import guidance, hosts
 from vgen.data import images as image_ops
 from vgen.edit import inpaint_tokens
 from vgen.sample import sample
@@ -284,4 +284,4 @@ class Autoregressive:
         count = min(8, len(batch["image"]))
         conds = {name: batch[name][:count] for name in self.conditions} or {"label": jnp.zeros(count, jnp.int32)}
         pictures = jax.jit(self.sample)(params, key, conds)["image_out"]
-        return {"samples": image_ops.grid(np.asarray(pictures), columns=4)}
+        return {"samples": image_ops.grid(hosts.whole(pictures), columns=4)}

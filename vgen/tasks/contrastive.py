@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from vgen.data import images as image_ops
 from vgen.data.preprocess import CLIP as CLIP_PREPROCESS
+from vgen.hosts import whole
 from vgen.metrics import retrieval
 from vgen.models.clip import CLIP, unit
 from vgen.models.mae import random_masking
@@ -162,9 +163,9 @@ class Contrastive:
         texts = []
         for batch in batches:
             rows.append(run(params, {name: batch[name] for name in ("image", "text", "text_mask")}))
-            texts.append(np.asarray(batch["text"]))
+            texts.append(whole(batch["text"]))
         if not rows:
             raise ValueError("Contrastive.evaluate: no batches; the evaluation data is empty")
-        image, text = (np.concatenate([np.asarray(row[i], np.float32) for row in rows]) for i in (0, 1))
+        image, text = (np.concatenate([whole(row[i]).astype(np.float32) for row in rows]) for i in (0, 1))
         _, same = np.unique(np.concatenate(texts), axis=0, return_inverse=True)
         return retrieval.recalls(image @ text.T, same.reshape(-1), same.reshape(-1))

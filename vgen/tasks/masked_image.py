@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from vgen.data import images as image_ops
 from vgen.data.preprocess import IMAGENET
+from vgen.hosts import whole
 from vgen.layers.conv import depth_to_space, space_to_depth
 from vgen.models.mae import MAE
 from vgen.types import Batch, Context, Loss, Params
@@ -67,7 +68,7 @@ class MaskedImage:
         in the paper's figures; seen patches are shown as they are.
         """
         pictures = jax.jit(self.reconstructions)(params, batch["image"][:8], key)
-        return {"reconstructions": image_ops.grid(np.asarray(pictures).reshape(-1, *pictures.shape[2:]), columns=6)}
+        return {"reconstructions": image_ops.grid(whole(pictures).reshape(-1, *pictures.shape[2:]), columns=6)}
 
     def reconstructions(self, params: Params, image, key):
         """uint8 [b, 3, h, w, 3] of uint8 pictures: with the hidden patches grey, with them reconstructed, and whole."""

@@ -15,6 +15,7 @@ from vgen.automatic_masks import Predictor, predictor
 from vgen.data import images as image_ops
 from vgen.data.preprocess import CLIP as CLIP_PREPROCESS
 from vgen.data.preprocess import IMAGENET, Preprocess
+from vgen.hosts import whole
 from vgen.metrics import segment_eval
 from vgen.models import sam_prompt
 from vgen.models.clip import CLIP, unit
@@ -288,6 +289,6 @@ class Segment:
         row, found = segment_eval.interactive(self, params, batch["image"], batch["masks"])
         there = row["valid"][..., None, None]  # a place without an object has a mask, too, of something
         views: list[Any] = [batch["masks"], found["one"] & there, found["three"] & there]
-        image, *views = (np.asarray(x[:8]) for x in (batch["image"], *views))
+        image, *views = (whole(x[:8]) for x in (batch["image"], *views))
         pictures = np.stack([segment_eval.painted(image, masks) for masks in views], 1)
         return {"masks": image_ops.grid(pictures.reshape(-1, *pictures.shape[2:]), columns=6)}

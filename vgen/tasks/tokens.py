@@ -17,6 +17,7 @@ from vgen import guidance
 from vgen.data import images as image_ops
 from vgen.edit import inpaint_tokens
 from vgen.edit.maskfree import GUIDANCE_SCALE, maskfree
+from vgen.hosts import whole
 from vgen.models.maskgit import MaskGIT
 from vgen.models.muse import BaseTransformer, SuperResTransformer
 from vgen.models.vqgan import VQGAN
@@ -365,4 +366,4 @@ class MaskedTokens:
             return self.sample(params, key, conds, steps=min(24, self.max_steps))["image_out"]
 
         pictures = jax.jit(draw)(params, conds, batch["image"][:count])
-        return {"samples": image_ops.grid(np.asarray(pictures), columns=4)}
+        return {"samples": image_ops.grid(whole(pictures), columns=4)}

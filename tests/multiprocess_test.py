@@ -1,0 +1,456 @@
+"""Real processes of launch/worker.py on this machine: one, two or four of them with four devices in all.
+
+What a run does must not depend on how many processes share its devices: the same losses, weights and pictures to the
+bit.  And processes end together, whichever of them is stopped, killed or fails.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from tests import toy_config
+from tests.toy import Linear, features
+from vgen.config import UserError
+from vgen.data.features import Features
+
+ROOT = Path(__file__).parents[1]
+SPLITS = (1, 2, 4)  # numbers of processes
+DEVICES = 4
+# Forks a process for each line {"env", "argv", "out", "err"}: what every one of them imports is imported once.
+FORGE = """
+import json, os, runpy, sys
+import jax, grain, tensorboardX, torch
+import vgen.main, vgen.stages, vgen.system, tests.multiprocess_test
+for line in sys.stdin:
+    order = json.loads(line)
+    if "wait" in order:
+        pid, status = os.waitpid(order["wait"], os.WNOHANG)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+        continue
+    pid = os.fork()
+    if pid:
+        print(pid, flush=True)
+        continue
+    os.setpgid(0, 0)
+    for number, name in enumerate(("/dev/null", order["out"], order["err"])):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(order["env"])
+    sys.argv = order["argv"]
+    code = 1
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    finally:
+        import atexit
+        atexit._run_exitfuncs()
+        sys.stdout.flush(); sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+"""
+
+
+class Forge:
+    """Starts processes of launch/worker.py quickly."""
+
+    def __init__(self, cache: Path):
+        env = os.environ | {
+            "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "VGEN_HEARTBEAT_SECONDS": "10", "PYTHONWARNINGS": "ignore",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "TESTS_CACHE": str(cache),
+        }  # fmt: skip
+        self.cache = cache
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORGE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, cwd=ROOT, text=True
+        )
+
+    def ask(self, order) -> int | None:
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+class Job:
+    """Processes that run one command together, with the same number of devices in all."""
+
+    def __init__(self, forge: Forge, processes: int, folder: Path, *argv: str, **env: str):
+        self.forge, self.codes = forge, {}
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = [folder / f"{len(list(folder.iterdir())):03d}-{i}" for i in range(processes)]
+        shared = {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "VGEN_NUM_PROCESSES": str(processes),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
+        }  # fmt: skip
+        for log in self.logs:
+            Path(f"{log}.err").touch()
+        command = [f"{ROOT}/launch/worker.py", f"--compilation_cache={forge.cache}", *argv]
+        self.pids = [
+            forge.ask({
+                "env": shared | env | {"VGEN_PROCESS_ID": str(i)}, "argv": command, "out": f"{log}.out",
+                "err": f"{log}.err",
+            })
+            for i, log in enumerate(self.logs)
+        ]  # fmt: skip
+
+    def err(self) -> str:
+        return "".join(Path(f"{log}.err").read_text() for log in self.logs)
+
+    def out(self, process: int) -> str:
+        return re.sub(r"\[Gloo\].*\n", "", Path(f"{self.logs[process]}.out").read_text())
+
+    def poll(self) -> list[int | None]:
+        for pid in self.pids:
+            if self.codes.get(pid) is None:
+                self.codes[pid] = self.forge.ask({"wait": pid})
+        return [self.codes[pid] for pid in self.pids]
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """The exit codes of all."""
+        end = time.monotonic() + seconds
+        while None in self.poll():
+            assert time.monotonic() < end, f"still there after {seconds} s: {self.poll()}\n{self.err()}"
+            time.sleep(0.05)
+        return self.poll()
+
+    def until(self, condition, seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert set(self.poll()) == {None} and time.monotonic() < end, f"{self.poll()}\n{self.err()}"
+            time.sleep(0.01)
+
+    def send(self, number: signal.Signals, *processes: int) -> None:
+        for process in processes:
+            os.kill(self.pids[process], number)
+
+    def stop(self) -> None:
+        for pid in self.pids:
+            if self.codes.get(pid) is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.wait(20)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """start(processes, *argv): a Job; whatever is left of it in the end is killed."""
+    forge, jobs = Forge(tmp_path_factory.mktemp("cache")), []
+
+    def run(processes: int, *argv: str, **env: str) -> Job:
+        jobs.append(Job(forge, processes, tmp_path_factory.mktemp("logs"), *argv, **env))
+        return jobs[-1]
+
+    yield run
+    for job in jobs:
+        job.stop()
+    forge.process.stdin.close()
+    forge.process.wait(20)
+
+
+def metrics(folder: Path) -> list[dict]:
+    timing = ("step_seconds", "images_per_second", "data_wait")
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in row.items() if name not in timing} for row in rows]
+
+
+def weights(folder: Path) -> tuple[dict[str, np.ndarray], int]:
+    """Read on the one device of this process, whatever has written them."""
+    from vgen.checkpoint import Checkpoints
+
+    found, step = Checkpoints(folder, read_only=True).weights()
+    return {path: np.asarray(value) for path, value in found.items()}, step
+
+
+def same(a, b) -> None:
+    assert a[1] == b[1] and set(a[0]) == set(b[0])
+    for path, value in a[0].items():
+        np.testing.assert_array_equal(value, b[0][path], err_msg=path)
+
+
+# ---------------------------------------------------------------------------------------------------------- the config
+
+
+@dataclasses.dataclass(frozen=True)
+class Net(Linear):
+    """The toy, with pictures of noise of their own each, and features that can be cached."""
+
+    def sample(self, params, key, conds, *, steps=2, guidance_scale=1.0):
+        x = jax.random.normal(key, (len(next(iter(conds.values()))), self.size, self.size, 3))
+        for i in range(4):
+            noise = jax.random.normal(jax.random.fold_in(key, i), x.shape)
+            x = jnp.where(i < steps, 0.7 * x + 0.3 * noise + params["dense"]["bias"].mean(), x)
+        return {"image_out": jnp.clip(128 + 60 * guidance_scale * x, 0, 255).astype(jnp.uint8)}
+
+    def evaluate(self, params, batches, key):
+        loss = jax.jit(lambda params, batch: self.losses(params, None, batch, key)["main"].value)
+        return {"loss": float(np.mean([loss(params, batch) for batch in batches]))}
+
+    def feature_parts(self, kinds):
+        return ["fixed"]
+
+    def features(self, params, batch, kinds):
+        return {"x": features(batch) @ params["fixed"]["kernel"] @ params["fixed"]["kernel"].T}
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """An augmentation that changes nothing, and notes which pictures a process has read; or fails in one of them."""
+
+    folder: str
+    fails: int = -1
+
+    def __call__(self, picture, rng):
+        process = int(os.environ.get("VGEN_PROCESS_ID", "0"))
+        if process == self.fails:
+            raise UserError("the disk of this machine is broken")
+        with (Path(self.folder) / f"seen-{process}").open("a") as file:
+            file.write(hashlib.sha256(picture.tobytes()).hexdigest() + "\n")
+        return picture
+
+
+def get_config(scale: str = "short"):
+    """Of the toy: a stage, and one that has what it needs from there and is trained on cached features."""
+    config = toy_config.get_config("short")
+    first, second = config.stages.first, config.stages.second
+    second.cache = dict(features=("latents",), dtype="float32", shard_size=16)
+    second.data = ConfigDict(second.data.to_dict())  # they are one object there
+    for stage in (first, second):
+        stage.task.target = "tests.multiprocess_test:Net"
+        stage.train.batch_size = 8
+        stage.train.min_shard_size = 8
+    first.evaluate.batches = 1
+    config.generate.batch_size = 8
+    config.prompts = tuple(f"a red circle, {i}" for i in range(10))
+    return config
+
+
+CONFIG = f"--config={__file__}"
+
+
+def noting(folder: Path, fails: int = -1) -> str:
+    """The flag for `Seen` in the first stage."""
+    spec = dict(target="tests.multiprocess_test:Seen", folder=str(folder), fails=fails)
+    return f"--config.stages.first.data.augment={spec}"
+
+
+# --------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def runs(start, tmp_path_factory):
+    """{processes: (workdir, Job)}: trained, drawn and measured; two replicas of two shards each."""
+    found = {}
+    for n in SPLITS:
+        workdir = tmp_path_factory.mktemp(f"run{n}")
+        found[n] = workdir, start(n, CONFIG, f"--workdir={workdir}", "--config.mesh.fsdp=2", noting(workdir))
+    for n, (_, job) in found.items():
+        assert job.wait(300) == [0] * n, job.err()
+    return found
+
+
+STAGES = ("first", "second")
+
+
+@pytest.mark.parametrize("n", SPLITS[1:])
+def test_the_same_run_on_any_number_of_processes(runs, n):
+    one, other = runs[1][0], runs[n][0]
+    for stage in STAGES:
+        rows = metrics(one / stage)
+        assert rows == metrics(other / stage) and sum("loss" in row for row in rows) == 4
+        same(weights(one / stage), weights(other / stage))
+    for name in ("first/eval.json", "eval.json", "tokenizer.json"):
+        assert (one / name).read_text() == (other / name).read_text()
+    pictures = {path.name: np.asarray(Image.open(path)) for path in (one / "samples").glob("*.png")}
+    assert len(pictures) == 11 and len({picture.tobytes() for picture in pictures.values()}) == 11
+    for name, picture in pictures.items():
+        np.testing.assert_array_equal(picture, np.asarray(Image.open(other / "samples" / name)), err_msg=name)
+
+
+@pytest.mark.parametrize("n", SPLITS[1:])
+def test_the_first_process_alone_speaks_and_writes(runs, n):
+    workdir, job = runs[n]
+    assert "10 pictures of stage second" in job.out(0) and not any(job.out(i) for i in range(1, n))
+    assert job.err().count("stage second finished") == 1 and "Traceback" not in job.err()
+    assert len(list(workdir.glob("*/tensorboard/*"))) == 2 and not list(workdir.rglob("*.part"))
+    lines = (workdir / "first" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 4]
+
+
+def test_each_process_reads_its_own_share(runs):
+    seen = {}
+    for n in SPLITS:
+        folder = runs[n][0]
+        seen[n] = [set((folder / f"seen-{i}").read_text().split()) for i in range(n)]
+        trained = 4 * 8 // n  # reading runs ahead of training
+        assert all(trained <= len(mine) <= trained + 9 * 8 // n for mine in seen[n])
+        assert len(set.union(*seen[n])) == sum(map(len, seen[n]))
+    for four, two in ((0, 0), (1, 0), (2, 1), (3, 1)):
+        assert len(seen[4][four] & seen[2][two]) >= 8 and not seen[4][four] & seen[2][1 - two]
+
+
+def cached(workdir: Path) -> tuple[list[dict], list[int]]:
+    folder = workdir / "cache" / "features-second" / "train"
+    made_from = json.loads((folder / "manifest.json").read_text())["made_from"]
+    found = Features(folder, {key: made_from[key] for key in made_from if key not in ("dtype", "format")}, "float32")
+    source = found.source()
+    return [{key: each[key] for key in ("x", "source_index")} for each in source.__getitems__(range(200))], (
+        found.indices().tolist()
+    )
+
+
+def same_features(a, b) -> None:
+    assert a[1] == b[1] == list(range(200))
+    for mine, other in zip(a[0], b[0], strict=True):
+        np.testing.assert_array_equal(mine["x"], other["x"])
+        assert mine["source_index"] == other["source_index"]
+
+
+def test_the_same_features(runs):
+    for n in SPLITS[1:]:
+        same_features(cached(runs[1][0]), cached(runs[n][0]))
+        names = {path.name for path in runs[n][0].glob("cache/features-second/train/*.arrayrecord")}
+        assert len(names) == 13 * n and f"data-00012-of-00013-001-of-{n:03d}.arrayrecord" in names
+
+
+def test_checkpoints_go_onto_other_meshes_and_numbers_of_processes(runs, start, tmp_path):
+    """Written by four with fsdp=2, drawn and measured by one, by two with tensor=2, and by one device."""
+    from vgen.main import main
+
+    workdir = runs[4][0]
+    want = np.asarray(Image.open(workdir / "samples" / "second_0003.png"))
+    more = ("--mode=sample", *(f"--prompt=a red circle, {i}" for i in range(10)), CONFIG, f"--workdir={workdir}")
+    more = (*more, noting(workdir))
+    job = start(2, *more, "--config.mesh.fsdp=2", "--config.mesh.tensor=2", f"--out={tmp_path / 'two'}")
+    assert main(["vgen", *more, f"--out={tmp_path / 'one'}", "--compilation_cache="]) == 0
+    assert job.wait() == [0, 0], job.err()
+    for name in ("one", "two"):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / name / "second_0003.png")), want)
+    told = subprocess.run(
+        [sys.executable, "-m", "vgen.checkpoint", "show", workdir / "first"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert told.returncode == 0, told.stderr
+    assert "fsdp 2" in told.stdout and "batches 4, seen 32" in told.stdout, told.stdout
+
+
+def test_processes_along_tensor_read_the_same_rows(runs, start, tmp_path):
+    """Two processes of one replica: both read and encode all, one writes it; rounding differs, nothing else."""
+    workdir, noted = begun(runs, tmp_path)
+    job = start(2, CONFIG, f"--workdir={workdir}", "--stage=second", noted, "--config.mesh.tensor=4")
+    assert job.wait() == [0, 0], job.err()
+    for one, other in zip(metrics(runs[1][0] / "second"), metrics(workdir / "second"), strict=True):
+        for name, value in one.items():
+            np.testing.assert_allclose(other[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert len(list(workdir.glob("cache/features-second/train/*.arrayrecord"))) == 13
+    same_features(cached(runs[1][0]), cached(workdir))
+
+
+def begun(runs, folder: Path) -> tuple[Path, str]:
+    """(workdir, flag): a copy of the first run without what its second stage made."""
+    shutil.copytree(runs[1][0], folder / "run", ignore=shutil.ignore_patterns("second", "features-second"))
+    return folder / "run", noting(runs[1][0])
+
+
+# ------------------------------------------------------------------------------------------------- stopped and killed
+
+LONG = (
+    CONFIG,
+    "--stage=first",
+    "--config.stages.first.train.steps=60",
+    "--config.stages.first.train.checkpoint_every=5",
+)
+
+
+def steps(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "first" / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def test_killed_and_stopped_runs_go_on_with_other_numbers_of_processes(start, tmp_path):
+    calm, stormy = tmp_path / "calm", tmp_path / "stormy"
+    beyond = lambda step: lambda: max(steps(stormy), default=0) >= step
+    undisturbed = start(1, *LONG, f"--workdir={calm}")
+
+    job = start(2, *LONG, f"--workdir={stormy}")  # one of two is killed
+    job.until(beyond(10))
+    job.send(signal.SIGKILL, 1)
+    assert job.wait(60) == [4, -signal.SIGKILL], job.err()
+    sentence = "is gone; start all again with the same command, it goes on from the last checkpoint"
+    assert job.err().count(f"vgen: process 1 of 2 {sentence}\n") == 1 and "Traceback" not in job.err(), job.err()
+    killed = steps(stormy)[-1]
+    assert 10 <= killed < 50
+
+    job = start(4, *LONG, f"--workdir={stormy}")  # one of four is told to stop
+    job.until(beyond(killed + 5))
+    job.send(signal.SIGTERM, 2)
+    assert job.wait(60) == [0] * 4, job.err()
+    stopped = int(job.err().split("stopped at step ")[1].split()[0])
+    assert steps(stormy)[-1] == stopped > killed and job.err().count("the same command goes on from there") == 1
+
+    job = start(2, *LONG, f"--workdir={stormy}")  # the first is killed, which holds the coordination service
+    job.until(lambda: "step " in job.err())
+    job.send(signal.SIGKILL, 0)
+    assert job.wait(60) == [-signal.SIGKILL, 4], job.err()
+    assert f"vgen: process 0 of 2 {sentence}\n" in job.err()
+
+    job = start(2, *LONG, f"--workdir={stormy}")  # all are told to stop, as by a pod's preemption
+    job.until(lambda: "step " in job.err())
+    job.send(signal.SIGTERM, 0, 1)
+    assert job.wait(60) == [0, 0] and steps(stormy)[-1] >= stopped, job.err()
+
+    assert start(1, *LONG, f"--workdir={stormy}").wait() == [0]
+    assert undisturbed.wait() == [0]
+    same(weights(calm / "first"), weights(stormy / "first"))
+    losses = [{row["step"]: row["loss"] for row in metrics(run / "first") if "loss" in row} for run in (calm, stormy)]
+    assert losses[0] == losses[1] and list(losses[0]) == list(range(1, 61))
+
+
+def test_features_go_on_where_they_were_cut_off(runs, start, tmp_path):
+    """Two processes, the first killed; then one alone, which reads and trains on what there is."""
+    workdir, noted = begun(runs, tmp_path)
+    written = lambda: list((workdir / "cache" / "features-second").rglob("*.arrayrecord"))
+    command = (CONFIG, f"--workdir={workdir}", "--stage=second", noted, "--config.mesh.fsdp=2")
+    job = start(2, *command)
+    job.until(lambda: len(written()) >= 6)
+    job.send(signal.SIGKILL, 0)
+    assert job.wait(60) == [-signal.SIGKILL, 4], job.err()
+    there = {path: path.stat().st_mtime_ns for path in written()}
+    assert 6 <= len(there) < 26
+    assert start(1, *command).wait() == [0]
+    kept = [path for path, when in there.items() if path.exists() and path.stat().st_mtime_ns == when]
+    assert len(kept) >= 4 and len(kept) % 2 == 0
+    same_features(cached(runs[1][0]), cached(workdir))
+    assert metrics(runs[1][0] / "second") == metrics(workdir / "second")
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_mistakes_end_all_processes_with_one_sentence(start, tmp_path):
+    jobs = {
+        "there is no stage 'third'; toy has first, second": start(
+            2, CONFIG, f"--workdir={tmp_path / 'a'}", "--stage=third"
+        ),
+        "process 1 of 2: the disk of this machine is broken": start(
+            2, CONFIG, f"--workdir={tmp_path / 'b'}", noting(tmp_path, fails=1)
+        ),
+    }
+    for sentence, job in jobs.items():
+        assert job.wait(60) == [2, 2], job.err()
+        told = [line for line in job.err().splitlines() if not line.startswith("first: ")]
+        assert len(told) == 1 and told[0].startswith("vgen: ") and sentence in told[0], job.err()

@@ -1,0 +1,89 @@
+"""The plans of all configs: what each needs of the slice that it is made for, see `vgen.plan`.
+
+A config names its slice in `topology`; nothing of it has to be there.
+"""
+
+import json
+import re
+import runpy
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vgen.config import UserError, to_json
+from vgen.convert.show import size
+from vgen.plan import plan, target
+
+HEAD = ("config", "slice", "mesh", "stage", "million parameters", "a device holds", "GFLOP", "sends",
+        "ms, at best", "images/s", "chip hours", "compiled")  # fmt: skip
+
+
+def table(folder: str, only: str = "", scale: str = "paper", out: str = "", topology: str = "") -> Iterator[str]:
+    """Rows of a Markdown table, a stage each, as they are done; a config that trains what another did is named with it.
+
+    folder: of the config files.  only: regular expression of their names.  topology: in the place of the configs' own.
+    out: a file for the whole reports, as JSON, or "".  Raises UserError where nothing is left.
+    """
+    cases = list(configs(folder, only, scale, topology))
+    if not cases:
+        raise UserError(f"no config of scale {scale!r} in {folder} names a slice and matches --only={only}")
+    yield "| " + " | ".join(HEAD) + " |"
+    yield "|" + "---|" * len(HEAD)
+    seen: dict[str, str] = {}
+    reports = {}
+    for name, config in cases:
+        trained = to_json({key: config.get(key) for key in ("stages", "order", "text", "mesh", "topology")})
+        same = seen.setdefault(trained, name)
+        start = time.perf_counter()
+        if same != name:
+            yield f"| {name} | | | is trained as {same} |" + " |" * (len(HEAD) - 4)
+            continue
+        try:
+            reports[name] = plan(config, "nowhere", target(topology or config.topology))
+        except UserError as error:
+            yield f"| {name} | {topology or config.topology} | | {' '.join(str(error).split())} |"
+            continue
+        for kind in ("train", "sample"):
+            for stage, found in reports[name][kind].items():
+                yield "| " + " | ".join(_row(name, reports[name], kind, stage, found)) + " |"
+        reports[name]["seconds"] = time.perf_counter() - start
+        if out:
+            Path(out).write_text(json.dumps(reports, indent=1))
+
+
+def configs(folder: str, only: str, scale: str, topology: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, config) of those that have the scale, and a slice; UserError for a folder without configs."""
+    files = sorted(path for path in Path(folder).glob("*.py") if not path.name.startswith("_"))
+    if not files:
+        raise UserError(f"there are no configs in {folder}; run this in a checkout of vgen, or set --configs=FOLDER")
+    for path in files:
+        if not re.search(only, path.stem):
+            continue
+        module = runpy.run_path(str(path))
+        if scale not in module.get("SCALES", ()):
+            continue
+        config = module["get_config"](scale)
+        if topology or config.get("topology"):
+            yield path.stem, config
+
+
+def _row(name: str, report: Mapping[str, Any], kind: str, stage: str, found: Mapping[str, Any]) -> Iterator[str]:
+    """The cells of a program: of a sampling one, no time is told beyond the roofline's of one call."""
+    place = report["target"]
+    memory = place.get("memory")
+    yield from (name, f"{place['topology']} ({place['devices']})")
+    yield " ".join(f"{axis} {ways}" for axis, ways in report["mesh"].items() if ways > 1) or "1"
+    yield stage if kind == "train" else f"{stage}, sampled"
+    counts = found.get("parameters")
+    yield f"{counts['trained'] / 1e6:,.0f} + {counts['frozen'] / 1e6:,.0f} frozen" if counts else ""
+    over = "" if found.get("fits", True) else ": TOO MUCH"
+    yield size(found["bytes"]["peak"]) + (f" of {size(memory)}{over}" if memory else "")
+    yield f"{found['flops'] / 1e9:,.0f}"
+    yield size(sum(each["bytes"] for each in found["collectives"].values()))
+    seconds = found.get("roofline")
+    bound = max(("computing", "memory", "network"), key=seconds.get) if seconds else ""
+    yield f"{seconds['step'] * 1e3:,.0f} ({bound})" if seconds else ""
+    yield f"{found['images_per_second']:,.0f}" if "images_per_second" in found else ""
+    yield f"{found['chip_hours']:,.0f}" if "chip_hours" in found else ""
+    yield f"{found['compile_seconds']:.0f} s"
