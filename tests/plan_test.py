@@ -3,22 +3,30 @@
 import dataclasses
 import json
 import math
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tests.toy_config import get_config
 from vgen import plan
 from vgen.bench import plan as bench
 from vgen.bench.__main__ import main as bench_main
-from vgen.config import to_dict
+from vgen.config import UserError, to_dict
 from vgen.main import main
+from vgen.sharding import make_mesh
 from vgen.stages import Run
 
 ROOT = Path(__file__).parents[1]
 TOY = f"--config={ROOT}/tests/toy_config.py"
+PLAN = dict(flops=1e9, bytes=dict(peak=2000), collectives={"all-gather": dict(count=1, bytes=1000)})
 KINDS = {"v3": "TPU v3", "v4": "TPU v4", "v5e": "TPU v5 lite"}
 CHIP = plan.Chip(flops=1e12, memory=1e9, bandwidth=1e10, network=1e9, chips=0.5, watts=200.0)
 
@@ -95,6 +103,39 @@ def test_what_is_too_large_is_said_and_helped(tmp_path, capsys, monkeypatch):
     assert found["stages.first.train.accumulate"] == 4
 
 
+def test_what_the_compiler_finds_no_room_for():
+    """A TPU's compiler gives no program then, but says how much it would take."""
+
+    class Full:
+        def __init__(self, text):
+            self.text = text
+
+        def __wrapped__(self, x, key):
+            return x @ x
+
+        def lower(self, *arguments):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(self.text)
+
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (26.50G) exceeds"
+    )
+    mesh = make_mesh(devices=jax.devices()[:1])
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
+    arguments = (x, jax.eval_shape(lambda: jax.random.key(0)))
+    found, compiled = plan.measured(Full(said), arguments, here())
+    given = 64 * 64 * 4 + arguments[1].dtype.itemsize
+    assert compiled is None and found["fits"] is False and found["flops"] == pytest.approx(2 * 64**3, rel=0.1)
+    assert found["bytes"] == dict(arguments=given, temporaries=26.5 * 2**30, peak=given + 26.5 * 2**30)
+    target = dict(topology="c", devices=1)
+    report = dict(config="a", scale="b", mesh={}, target=target, train={"first": found}, sample={})
+    assert "DOES NOT FIT" in "\n".join(plan.lines(report))
+    with pytest.raises(UserError, match="cpu:1: XLA cannot compile it: INTERNAL: no such thing"):
+        plan.measured(Full("INTERNAL: no such\nthing"), arguments, here())
+
+
 def test_changes_are_tried_from_the_cheapest_on():
     config = to_dict(runpy.run_path(str(ROOT / "configs" / "dit.py"))["get_config"]("mini"))
     config["stages"]["dit"]["task"]["network"]["remat"] = "none"
@@ -119,7 +160,7 @@ def test_changes_are_tried_from_the_cheapest_on():
     ],
 )
 def test_bad_topologies(topology, sentence, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("vgen.main._emulate_devices", lambda count: None)  # it tells later processes, too
+    monkeypatch.setattr("vgen.main.emulate_devices", lambda count: None)  # it tells later processes, too
     given = [f"--topology={topology}"] if topology else []
     assert main(["vgen", TOY, f"--workdir={tmp_path}/run", "--mode=plan", *given]) == 2
     assert sentence in capsys.readouterr().err and not (tmp_path / "run").exists()
@@ -129,7 +170,7 @@ def test_the_slice_of_the_config_is_taken(tmp_path, capsys, monkeypatch):
     """And another one where it is said."""
     asked, place = [], here()
     monkeypatch.setattr(plan, "target", lambda name: asked.append(name) or place)
-    monkeypatch.setattr("vgen.main._emulate_devices", lambda count: None)
+    monkeypatch.setattr("vgen.main.emulate_devices", lambda count: None)
     args = ["vgen", TOY, f"--workdir={tmp_path}", "--mode=plan", "--stage=first"]
     assert main([*args, "--config.topology=cpu:4"]) == 0 and main([*args, "--topology=cpu:2"]) == 0
     assert asked == ["cpu:4", "cpu:2"] and "train first" in capsys.readouterr().out
@@ -154,6 +195,8 @@ def test_the_table_of_all_plans(tmp_path, capsys, monkeypatch):
         list(written) == ["a"]
         and rows[2][4] == f"{written['a']['train']['first']['parameters']['trained'] / 1e6:,.0f} + 0 frozen"
     )
+    assert bench_main(["plan", f"--configs={tmp_path}", "--only=a/sec"]) == 0
+    assert [line.split("|")[4].strip() for line in capsys.readouterr().out.splitlines()[2:]] == ["second"]
     assert bench_main(["plan", f"--configs={tmp_path}", "--scale=mini"]) == 2
     assert "names a slice" in capsys.readouterr().err
     assert bench_main(["plan", f"--configs={tmp_path}/none"]) == 2
@@ -169,6 +212,45 @@ def test_every_config_names_a_slice_that_its_batches_divide_over(path):
     count = round(chips / plan.CHIPS[KINDS[kind]].chips)
     run = Run(config, "nowhere", devices=[object() for _ in range(count)])
     assert run.mesh.size == count
+
+
+# The published parameters of what is trained, as the configs have them; a config of every family.
+PLANNED = {
+    "muse/base": (3.0e9, 3.5e9), "dit/dit": (675e6, 676e6), "mae/mae": (329e6, 330e6), "clip/clip": (427e6, 429e6),
+    "maskgit/generator": (170e6, 230e6), "dalle/prior": (11e9, 13e9), "sam/sam": (640e6, 642e6),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PLANNED)
+def test_published_systems_fit_their_slices(case, tmp_path):
+    """Compiled by a TPU's compiler, in a process of its own: 2 to 7 minutes each."""
+    pytest.importorskip("libtpu")
+    name, stage = case.split("/")
+    args = [f"--config=configs/{name}.py:paper", f"--workdir={tmp_path}", "--mode=plan", f"--stage={stage}"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-m", "vgen.main", *args], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "plan.json").read_text())
+    found = report["train"][stage]
+    assert report["fits"] and found["bytes"]["peak"] > 1e8 and found["collectives"] and found["chip_hours"] > 1
+    least, most = PLANNED[case]
+    assert least <= found["parameters"]["trained"] <= most
+
+
+def test_a_step_on_more_devices(capsys, monkeypatch):
+    """Weak scaling by what is compiled: each device computes the same, and sends more kinds of things with fsdp."""
+    place = here()
+    monkeypatch.setattr(bench, "target", lambda name: place)
+    lines = list(bench.scaling(get_config(), "first", counts=(1,)))
+    assert len(lines) == 3 and lines[2].startswith("| data 1 | 4 | ")
+    asked = []
+    monkeypatch.setattr(bench, "plan", lambda config, *rest: asked.append(config) or dict(train=dict(first=PLAN)))
+    rows = [line.split("|") for line in bench.scaling(get_config(), "first")][2:]
+    assert [row[1].strip() for row in rows] == [f"data {n}" for n in (1, 2, 4, 8)] + [f"fsdp {n}" for n in (2, 4, 8)]
+    assert [row[2].strip() for row in rows] == ["4", "8", "16", "32", "8", "16", "32"]
+    assert all(row[5].strip() == "1.0 kB" and row[6].strip() == "" for row in rows)
+    assert asked[-1]["mesh"] == dict(data=1, fsdp=8) and asked[-1]["stages"]["second"]["train"]["batch_size"] == 32
 
 
 def test_loops_until_a_draw_is_accepted_count_once(tmp_path):

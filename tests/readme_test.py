@@ -71,7 +71,7 @@ def test_the_two_commands_and_the_tests():
 @pytest.mark.parametrize("args", vgen_commands(), ids=lambda args: " ".join(args)[:80])
 def test_command_is_accepted(args, there):
     """Flags exist, and the config that they make can be built: every key is read by something."""
-    options = main._parse(["vgen", *args])
+    options = main.parse(["vgen", *args])
     mesh = dict(options.config.get("mesh", {})).values()
     run = Run(options.config, options.workdir, devices=jax.devices()[:1] * max(1, abs(int(np.prod([1, *mesh])))))
     assert options.stage is None or options.stage in run.stages
@@ -90,7 +90,7 @@ def test_launch_command_is_accepted(script):
 
 
 def test_inline_flags_exist(there):
-    config = main._parse(["vgen", "--config=configs/muse.py", "--workdir=x"]).config.to_dict()
+    config = main.parse(["vgen", "--config=configs/muse.py", "--workdir=x"]).config.to_dict()
     known = main._flags(["vgen"])
     flags = re.findall(r"`--([\w.]+)[^`]*`", README)
     assert len(flags) >= 6
@@ -146,7 +146,7 @@ def test_own_folder(there):
     args = [arg.replace("/data/cats", str(there / "cats")) for arg in args]
     stages = ("tokenizer", "decoder", "base", "superres")
     args += [f"--config.stages.{stage}.train.batch_size=3" for stage in stages]  # 5 % of 60 pictures
-    options = main._parse(["vgen", *args])
+    options = main.parse(["vgen", *args])
     run = Run(options.config, there / "run")
     for stage, size in zip(stages, (128, 128, 64, 128), strict=True):
         for held_out in (False, True):

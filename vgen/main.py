@@ -37,7 +37,7 @@ def main(argv=None) -> int:
 
 def run(argv: list[str]) -> int:
     """As `main`, but a mistake of the caller is raised as UserError."""
-    return _run(_parse(argv))
+    return _run(parse(argv))
 
 
 def _flags(argv: list[str]) -> flags.FlagValues:
@@ -69,7 +69,7 @@ def _flags(argv: list[str]) -> flags.FlagValues:
     return values
 
 
-def _parse(argv: list[str]) -> flags.FlagValues:
+def parse(argv: list[str]) -> flags.FlagValues:
     """The flags of a command line; UserError for whatever is wrong with them or with the config file."""
     options = _flags(argv)
     sys.modules.pop("config_config", None)  # what ml_collections calls the file: another may have been loaded before
@@ -85,6 +85,8 @@ def _parse(argv: list[str]) -> flags.FlagValues:
         print(f"{__doc__}\n{options.get_help(include_special_flags=False)}")
     elif options.config is None or options.workdir is None:
         raise UserError("needs --config=configs/<system>.py and --workdir=DIR")
+    elif "://" in options.workdir:
+        raise UserError(f"--workdir={options.workdir} is no folder: mount the bucket (gcsfuse, s3fs) and name that")
     return options
 
 
@@ -119,7 +121,7 @@ def _run(options: flags.FlagValues) -> int:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if options.mode == "plan":
         return _plan(options)
-    _emulate_devices(options.cpu_devices)
+    emulate_devices(options.cpu_devices)
     run = Run(options.config, options.workdir)
     if options.mode == "train":
         run.claim()
@@ -138,7 +140,7 @@ def _plan(options: flags.FlagValues) -> int:
     if not topology:
         raise UserError("--mode=plan needs --topology, such as v4:4x4x16 or cpu:8: this config names no slice")
     if re.fullmatch(r"cpu:[1-9][0-9]{0,2}", topology):
-        _emulate_devices(int(topology.partition(":")[2]))
+        emulate_devices(int(topology.partition(":")[2]))
     target = plan.target(topology)
     report = plan.plan(options.config, options.workdir, target, [options.stage] if options.stage else [])
     for line in plan.lines(report):
@@ -158,7 +160,7 @@ def _plan(options: flags.FlagValues) -> int:
     return 0 if report["fits"] else 3
 
 
-def _emulate_devices(count: int) -> None:
+def emulate_devices(count: int) -> None:
     """Make `count` devices of the processor, to try a mesh; does nothing once JAX runs, or where XLA_FLAGS decides.
 
     More threads than devices, because XLA's collectives block a thread each: with as many of both a run can deadlock.

@@ -7,6 +7,7 @@ the longest of computing, of memory and of the network, at their published rates
 import copy
 import dataclasses
 import json
+import math
 import os
 import re
 import time
@@ -47,14 +48,18 @@ class Chip:
     watts: float = 0.0
 
 
-# By `device_kind`; Google's pages of each (cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e).  Network: half of what the
-# two ways are together, of v3 and v4 a pod's rate of all-reduce by its chips.  libtpu counts the cores of these singly.
+# By `device_kind`; Google's pages of each (cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e) and NVIDIA's data sheets.
+# Network: half of what the two ways are together (of GPUs, of NVLink), of v3 and v4 a pod's rate of all-reduce by its
+# chips.  libtpu counts the cores of these singly.
 CHIPS = {
     "TPU v3": Chip(61.5e12, 16 * GIB, 450e9, 166e9, 0.5, 220),
     "TPU v4": Chip(137.5e12, 16 * GIB, 600e9, 134e9, 0.5, 170),
     "TPU v5 lite": Chip(197e12, 16e9, 819e9, 200e9),
     "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 600e9),
     "TPU v6 lite": Chip(918e12, 32e9, 1638e9, 400e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80e9, 2039e9, 300e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 80e9, 3350e9, 450e9),
+    "NVIDIA H200": Chip(989e12, 141e9, 4800e9, 450e9),
 }
 
 
@@ -92,6 +97,11 @@ def target(topology: str) -> Target:
             f"--topology={topology}: libtpu does not know it, or is not installed (pip install 'vgen[tpu]'): {reason}"
         ) from None
     return Target(topology, devices, "tpu", CHIPS.get(devices[0].device_kind))
+
+
+def aimed(target: Target):
+    """A context in which programs are traced for the target."""
+    return platform.target(target.platform, target.devices[0].device_kind)
 
 
 # ----------------------------------------------------------------------------------------------------------- programs
@@ -182,23 +192,36 @@ def sample_steps(run: Run) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
 # -------------------------------------------------------------------------------------------------------- what it takes
 
 
-def measured(function, arguments, target: Target, steps: int = 1) -> dict[str, Any]:
-    """Compile a function for the target, and tell what a device does and holds in one call of it.
+def measured(function, arguments, target: Target, steps: int = 1) -> tuple[dict[str, Any], Any]:
+    """(what a device does and holds in one call of a function, the function compiled for the target).
 
-    To be called as the function was made, under `platform.target`.
+    To be called as the function was made, under `aimed`.  Where the compiler finds no room it gives no program, and
+    alone "bytes", "flops" and "fits" are told.  Raises UserError for what it cannot compile at all.
+    "flops" are a device's share of the whole function's: what all devices repeat, such as Muon's products of whole
+    matrices, counts once.
     steps: how often a loop runs whose number is not in the program: an argument, or until a draw is accepted.
     """
     start = time.perf_counter()
-    compiled = function.lower(*arguments).compile()
+    lowered, compiled = function.lower(*arguments), None
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise UserError(f"{target.name}: XLA cannot compile it: {' '.join(str(error).split())[:300]}") from error
+        said = str(error)
     seconds = time.perf_counter() - start
-    held = compiled.memory_analysis()
-    traffic = hlo.traffic(compiled.as_text(), steps)
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     with jax.sharding.use_abstract_mesh(NO_MESH):
         operations = flops.count(function.__wrapped__, *whole, steps=steps) / len(target.devices)
+    found: dict[str, Any] = {"compile_seconds": round(seconds, 2), "flops": operations, "collectives": {}}
+    if compiled is None:
+        given, more = sum(_bytes(x) for x in jax.tree.leaves(arguments)), _temporaries(said)
+        return found | {"bytes": {"arguments": given, "temporaries": more, "peak": given + more}, "fits": False}, None
+    held = compiled.memory_analysis()
+    traffic = hlo.traffic(compiled.as_text(), steps)
     peak = held.argument_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes + held.temp_size_in_bytes
-    found = {
-        "compile_seconds": round(seconds, 2), "flops": operations, "memory_bytes_moved": traffic.memory,
+    found |= {
+        "memory_bytes_moved": traffic.memory,
         "collectives": {kind: {"count": n, "bytes": sent} for kind, (n, sent) in traffic.collectives.items()},
         "bytes": {
             "arguments": held.argument_size_in_bytes, "outputs": held.output_size_in_bytes,
@@ -209,7 +232,19 @@ def measured(function, arguments, target: Target, steps: int = 1) -> dict[str, A
         found["intensity"] = operations / traffic.memory
     if target.chip:
         found["fits"] = peak <= target.chip.memory
-    return found
+    return found, compiled
+
+
+def _bytes(x: jax.ShapeDtypeStruct) -> int:
+    """What a device holds of an argument."""
+    shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+    return math.prod(shape) * x.dtype.itemsize
+
+
+def _temporaries(text: str) -> float:
+    """Bytes that XLA says it would need beside what a program is given, when there is not that much."""
+    said = re.search(r"(?:required for HLO temporaries \(|Used )([\d.]+)([KMGT])", text)
+    return float(said[1]) * 1024 ** (1 + "KMGT".index(said[2])) if said else 0.0
 
 
 def roofline(found: Mapping[str, Any], chip: Chip) -> dict[str, float]:
@@ -225,14 +260,14 @@ def roofline(found: Mapping[str, Any], chip: Chip) -> dict[str, float]:
 def plan_stage(run: Run, name: str, target: Target) -> dict[str, Any]:
     """Of a stage's training: parameters, `measured`, and with a known chip `roofline` and what all of it costs."""
     config = run.train_config(name)
-    with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh), platform.target(target.platform):
+    with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh), aimed(target):
         step, arguments = train_step(run, name)
-        found = measured(step, arguments, target)
+        found, _ = measured(step, arguments, target)
     state, frozen, _ = arguments
     count = lambda leaves: sum(x.size for x in leaves)
     found["parameters"] = {"trained": count(state.params.values()), "frozen": count(frozen.values())}
     found |= {"steps": config.steps, "batch_size": config.batch_size, "accumulate": config.accumulate}
-    if target.chip:
+    if target.chip and "memory_bytes_moved" in found:
         seconds = found["roofline"] = roofline(found, target.chip)
         hours = seconds["step"] * config.steps * len(target.devices) * target.chip.chips / 3600
         found |= {"images_per_second": config.batch_size / seconds["step"], "chip_hours": hours}
@@ -258,10 +293,10 @@ def plan(config, workdir, target: Target, stages: Sequence[str] = ()) -> dict[st
         if run.train_config(name).steps:
             report["train"][name] = plan_stage(run, name, target)
     if run.config.generate and not stages:
-        with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh), platform.target(target.platform):
+        with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh), aimed(target):
             for name, function, arguments in sample_steps(run):
                 knobs = run.config.generate.get("knobs", {}).get(name, {})
-                report["sample"][name] = measured(function, arguments, target, knobs.get("steps", 1))
+                report["sample"][name], _ = measured(function, arguments, target, knobs.get("steps", 1))
     programs = [*report["train"].values(), *report["sample"].values()]
     return report | {"fits": all(each.get("fits", True) for each in programs)}
 
@@ -352,7 +387,8 @@ def _told(kind: str, name: str, found: Mapping[str, Any], memory: float | None) 
     parts = f"arguments {size(held['arguments'])}, temporaries {size(held['temporaries'])}"
     yield f"  memory     {size(held['peak'])}{of} a device: {parts}{over}"
     call = "step" if kind == "train" else "call"
-    yield f"  one {call}   {found['flops'] / 1e9:,.2f} GFLOP and {size(found['memory_bytes_moved'])} a device"
+    moved = f" and {size(found['memory_bytes_moved'])}" if "memory_bytes_moved" in found else ""
+    yield f"  one {call}   {found['flops'] / 1e9:,.2f} GFLOP{moved} a device"
     for operation, each in found["collectives"].items():
         yield f"  {operation:<18} {each['count']:>6}, {size(each['bytes'])} in all"
     if "roofline" in found:

@@ -25,7 +25,7 @@ COMPILER_OPTIONS = {
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
 }
 
-_TARGET: contextvars.ContextVar[str] = contextvars.ContextVar("target", default="")
+_TARGET: contextvars.ContextVar[tuple[str, str]] = contextvars.ContextVar("target", default=("", ""))
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
@@ -33,7 +33,14 @@ def backend() -> str:
     """The platform whose kernels a program may have: "cpu", "gpu" or "tpu"; inside of `target`, the one said there."""
     import jax
 
-    return _TARGET.get() or jax.default_backend()
+    return _TARGET.get()[0] or jax.default_backend()
+
+
+def device_kind() -> str:
+    """The kind of the devices that a program is for, as JAX names it, such as "TPU v4"."""
+    import jax
+
+    return _TARGET.get()[1] or jax.local_devices()[0].device_kind
 
 
 def compiler_options(devices: int) -> dict[str, bool] | None:
@@ -42,9 +49,12 @@ def compiler_options(devices: int) -> dict[str, bool] | None:
 
 
 @contextlib.contextmanager
-def target(platform: str) -> Iterator[None]:
-    """Programs traced inside are for another platform than the one that this process has, see `vgen.plan`."""
-    token = _TARGET.set(platform)
+def target(platform: str, kind: str = "") -> Iterator[None]:
+    """Programs traced inside are for another platform than the one that this process has, see `vgen.plan`.
+
+    kind: of its devices, by default of those that are here.
+    """
+    token = _TARGET.set((platform, kind))
     try:
         yield
     finally:

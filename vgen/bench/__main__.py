@@ -1,4 +1,4 @@
-"""The command line: python -m vgen.bench peers|bf16|compile|curves|claims|plan [--only REGEX] [...].
+"""The command line: python -m vgen.bench peers|bf16|compile|curves|claims|plan|scaling|train [...].
 
 Every mistake of the caller ends as one sentence on stderr and exit code 2.
 """
@@ -14,7 +14,9 @@ from vgen.platform import start_over
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 after a mistake of the caller."""
     parser = argparse.ArgumentParser("vgen.bench", description="Suites that measure and print tables.")
-    suites = parser.add_subparsers(dest="suite", required=True, metavar="peers|bf16|compile|curves|claims|plan")
+    suites = parser.add_subparsers(
+        dest="suite", required=True, metavar="peers|bf16|compile|curves|claims|plan|scaling|train"
+    )
     peers = suites.add_parser("peers", help="speed beside the PyTorch references, same weights, float32")
     peers.add_argument("--only", default="", help="regular expression of the cases' names")
     peers.add_argument("--runs", type=int, default=5, help="of each side; the fastest counts (default: %(default)s)")
@@ -33,12 +35,22 @@ def main(argv: list[str] | None = None) -> int:
     claims.add_argument("--scale", default="mini", choices=scales, help="of the times (default: %(default)s)")
     claims.add_argument("--out", default="", help="a file for all numbers, as JSON")
     plans = suites.add_parser("plan", help="what every config takes of its slice, compiled ahead of time (extra tpu)")
-    plans.add_argument("--only", default="", help="regular expression of the configs' names")
+    plans.add_argument("--only", default="", help="regular expression of CONFIG/STAGE")
     plans.add_argument("--scale", default="paper", help="of the configs (default: %(default)s)")
     plans.add_argument("--topology", default="", help="a slice in the place of the configs' own")
     plans.add_argument("--configs", default="configs", help="folder of the configs (default: %(default)s)")
     plans.add_argument("--out", default="", help="a file for all numbers, as JSON")
-    options = parser.parse_args(argv)
+    more = suites.add_parser("scaling", help="what a step takes on 1, 2, 4 and 8 devices; --config=... as of vgen.main")
+    more.add_argument("--stage", default="", help="(default: the last one)")
+    step = suites.add_parser(
+        "train", help="speed of a config's training here, beside the roofline; --config=... as of vgen.main"
+    )
+    step.add_argument("--stage", default="", help="only this one")
+    step.add_argument("--steps", type=int, default=20, help="that are timed (default: %(default)s)")
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.suite not in ("train", "scaling"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     try:
         for line in _lines(options):
             print(line, flush=True)
@@ -65,6 +77,17 @@ def _lines(options) -> Iterator[str]:
         from vgen.bench import claims
 
         return claims.table(options.only, options.runs, options.scale, options.out)
+    if options.suite == "train":
+        from vgen.bench import train
+
+        return train.lines(options.rest, options.steps, options.stage)
+    if options.suite == "scaling":
+        from vgen.bench import plan
+        from vgen.main import emulate_devices, parse
+
+        given = parse(["vgen.bench scaling", *options.rest, "--workdir=nowhere"]).config
+        emulate_devices(8)
+        return plan.scaling(given, options.stage or given.order[-1])
     if options.suite == "plan":
         from vgen.bench import plan
 

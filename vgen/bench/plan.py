@@ -7,13 +7,14 @@ import json
 import re
 import runpy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vgen.config import UserError, to_json
 from vgen.convert.show import size
-from vgen.plan import plan, target
+from vgen.hlo import COLLECTIVES
+from vgen.plan import changed, plan, target
 
 HEAD = ("config", "slice", "mesh", "stage", "million parameters", "a device holds", "GFLOP", "sends",
         "ms, at best", "images/s", "chip hours", "compiled")  # fmt: skip
@@ -22,8 +23,10 @@ HEAD = ("config", "slice", "mesh", "stage", "million parameters", "a device hold
 def table(folder: str, only: str = "", scale: str = "paper", out: str = "", topology: str = "") -> Iterator[str]:
     """Rows of a Markdown table, a stage each, as they are done; a config that trains what another did is named with it.
 
-    folder: of the config files.  only: regular expression of their names.  topology: in the place of the configs' own.
-    out: a file for the whole reports, as JSON, or "".  Raises UserError where nothing is left.
+    folder: of the config files.  only: regular expression of CONFIG/STAGE; where it leaves out stages,
+    sampling is not planned either.
+    topology: in the place of the configs' own.  out: a file for the whole reports, as JSON, or "".
+    Raises UserError where nothing is left.
     """
     cases = list(configs(folder, only, scale, topology))
     if not cases:
@@ -40,7 +43,9 @@ def table(folder: str, only: str = "", scale: str = "paper", out: str = "", topo
             yield f"| {name} | | | is trained as {same} |" + " |" * (len(HEAD) - 4)
             continue
         try:
-            reports[name] = plan(config, "nowhere", target(topology or config.topology))
+            stages = [stage for stage in config.order if re.search(only, f"{name}/{stage}")]
+            some = [] if len(stages) == len(config.order) else stages
+            reports[name] = plan(config, "nowhere", target(topology or config.topology), some)
         except UserError as error:
             yield f"| {name} | {topology or config.topology} | | {' '.join(str(error).split())} |"
             continue
@@ -58,14 +63,35 @@ def configs(folder: str, only: str, scale: str, topology: str = "") -> Iterator[
     if not files:
         raise UserError(f"there are no configs in {folder}; run this in a checkout of vgen, or set --configs=FOLDER")
     for path in files:
-        if not re.search(only, path.stem):
-            continue
         module = runpy.run_path(str(path))
         if scale not in module.get("SCALES", ()):
             continue
         config = module["get_config"](scale)
-        if topology or config.get("topology"):
+        matches = any(re.search(only, f"{path.stem}/{stage}") for stage in config.order)
+        if matches and (topology or config.get("topology")):
             yield path.stem, config
+
+
+def scaling(config: Any, stage: str, counts: Sequence[int] = (1, 2, 4, 8)) -> Iterator[str]:
+    """Rows of a Markdown table: a stage's step on more and more devices of this machine, emulated, each of which has as
+    many examples as one device alone: what a device computes, holds and sends.  Nothing is run, and no time is told.
+
+    `data` has all of the parameters on each device, `fsdp` a part of them.
+    """
+    yield "| mesh | batch | GFLOP a device | a device holds | " + " | ".join(COLLECTIVES) + " |"
+    yield "|" + "---|" * (4 + len(COLLECTIVES))
+    one = config["stages"][stage]["train"]["batch_size"]
+    for axis in ("data", "fsdp"):
+        for count in counts[axis == "fsdp" :]:  # one device alone is said once
+            settings = {f"stages.{name}.train.batch_size": one * count for name in config["order"]}
+            mesh = {"mesh": {"data": 1, axis: count}}
+            found = plan(changed(config, settings | mesh), "nowhere", target(f"cpu:{count}"), [stage])["train"][stage]
+            sent = [found["collectives"].get(kind) for kind in COLLECTIVES]
+            cells = [size(each["bytes"]) if each else "" for each in sent]
+            held = size(found["bytes"]["peak"])
+            yield (
+                f"| {axis} {count} | {one * count} | {found['flops'] / 1e9:,.2f} | {held} | " + " | ".join(cells) + " |"
+            )
 
 
 def _row(name: str, report: Mapping[str, Any], kind: str, stage: str, found: Mapping[str, Any]) -> Iterator[str]:

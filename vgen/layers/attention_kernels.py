@@ -19,6 +19,7 @@ from vgen.sharding import AXES
 
 LARGE = 2**18  # logits per head; from here on chunks are faster on a CPU, and below it all is cheap
 TILE = 2**21  # logits that a chunk holds at most, 8 MiB of float32
+OLD = ("TPU v2", "TPU v3")  # Pallas knows no products of bfloat16 on these
 LANES = 128  # of a TPU: what lengths and head sizes are filled up to
 
 
@@ -105,8 +106,9 @@ def _look(q, k, v, mask, bias, start, causal):
 
 def has_flash(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None) -> bool:
     """Whether `flash` takes these arrays, on a TPU, and they are large enough for it to be worth while."""
+    able = platform.backend() == "tpu" and platform.device_kind() not in OLD
     kind = q.dtype in (jnp.bfloat16, jnp.float32) and q.dtype == k.dtype == v.dtype
-    if platform.backend() != "tpu" or not kind or bias is not None or q.shape[1] * k.shape[1] < 4 * LARGE:
+    if not (able and kind) or bias is not None or q.shape[1] * k.shape[1] < 4 * LARGE:
         return False
     if mask is not None and mask.shape[1:3] != (1, 1):
         return False  # the kernel knows which keys count, and no mask that differs between queries
