@@ -160,7 +160,7 @@ def start(tmp_path_factory):
     yield run
     for job in jobs:
         job.stop()
-    forge.process.stdin.close()
+    forge.process.kill()  # it holds nothing, and libraries may take long to end
     forge.process.wait(20)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vgen import trees
 from vgen.config import UserError
@@ -78,23 +79,40 @@ class Watch:
     def check(self, step: int, state: Any = None) -> None:
         """Wait for the step; raises NotFinite with the first place where something was not finite."""
         jax.block_until_ready(state)
-        jax.effects_barrier()
         if self._found:
             name, self._found = self._names[min(self._found)], set()
             raise NotFinite(f"step {step}: {name} is not finite (config.debug)")
 
-    def look(self, name: str, *arrays: Any) -> None:
-        """Note in the program that is traced whether one of the arrays is not finite."""
-        arrays = [x for x in arrays if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)]
-        if arrays:
-            place = len(self._names)
-            self._names.append(name)
-            good = functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in arrays])
-            jax.debug.callback(functools.partial(self._note, place), good)
+    def look(self, name: str, tree: Any) -> Any:
+        """The same arrays; the program notes whether one of them is not finite."""
+        leaves, structure = jax.tree.flatten(tree)
+        places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)]
+        if not places:
+            return tree
+        good = functools.reduce(jnp.logical_and, [jnp.isfinite(jax.lax.stop_gradient(leaves[i])).all() for i in places])
+        number = len(self._names)
+        self._names.append(name)
+        leaves[places[0]] = _seen(functools.partial(self._note, number), leaves[places[0]], good)
+        return jax.tree.unflatten(structure, leaves)
 
-    def _note(self, place: int, good: Any) -> None:
-        if not good:
-            self._found.add(place)
+    def _note(self, number: int, good: Any) -> np.ndarray:
+        if not np.all(good):
+            self._found.add(number)
+        return np.zeros(np.shape(good), np.float32)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _seen(note, x, good):
+    """x + note(good), which gives zero: a pure callback, since flax's scan (0.12.12) takes none with an effect, on
+    whose result x depends, since XLA leaves out what nothing depends on.
+    """
+    zero = jax.pure_callback(note, jax.ShapeDtypeStruct(good.shape, jnp.float32), good, vmap_method="expand_dims")
+    return x + zero.astype(x.dtype)
+
+
+@_seen.defjvp
+def _seen_jvp(note, primals, tangents):
+    return _seen(note, *primals), tangents[0]
 
 
 class _Watched:
@@ -116,15 +134,13 @@ class _Watched:
             except Exception as error:
                 error.add_note(f"in layer {path}, {type(context.module).__name__}.{context.method_name}")
                 raise
-            if context.method_name == "__call__":
-                watch.look(f"the output of layer {path}", *jax.tree.leaves(out))
-            return out
+            return watch.look(f"the output of layer {path}", out) if context.method_name == "__call__" else out
 
         with nn.intercept_methods(layer):
             losses = self._task.losses(_gradients_watched(params, watch), ctx, batch, key)
-        for name, loss in losses.items():
-            watch.look(f"the loss of {name}", loss.value)
-        return losses
+        return {
+            name: loss._replace(value=watch.look(f"the loss of {name}", loss.value)) for name, loss in losses.items()
+        }
 
 
 def _gradients_watched(params, watch: Watch):
@@ -135,8 +151,7 @@ def _gradients_watched(params, watch: Watch):
         return x
 
     def backward(path, _, gradient):
-        watch.look(f"the gradient of {path}", gradient)
-        return (gradient,)
+        return (watch.look(f"the gradient of {path}", gradient),)
 
     same.defvjp(lambda path, x: (x, None), backward)
     real = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)

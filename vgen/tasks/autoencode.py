@@ -46,7 +46,7 @@ class Autoencode:
       only for a discriminator without batch normalisation.
     kl: weight of the Gaussian's KL against a standard normal, in nats per value of the picture; 1e-6 in latent
       diffusion, whose sums over both have this ratio.  Of a DVAE: of the KL against uniform tokens (DALL-E: 6.6).
-    kl_first, kl_steps: that weight begins at kl_first, 0 as published, and takes so many steps to become `kl`.
+    kl_steps: that weight rises from 0 over so many steps.
     least_scale: of a DVAE's likelihood, see `logit_laplace`.
     temperature: (first, last, steps): the relaxation of a DVAE's tokens becomes sharper over so many steps; this and
       the KL's weight follow a cosine (appendix A.2).
@@ -72,7 +72,6 @@ class Autoencode:
     adaptive: bool = True
     r1: float = 0.0
     kl: float = 1e-6
-    kl_first: float = 0.0
     kl_steps: int = 0
     least_scale: float = 0.0
     temperature: tuple[float, float, int] = (1.0, 1 / 16, 150_000)
@@ -212,7 +211,7 @@ class Autoencode:
         return gumbel_softmax(key, logits, temperature), Loss(self._kl_weight(step) * kl, metrics)
 
     def _kl_weight(self, step):
-        return self.kl + (self.kl_first - self.kl) * _falling(step, self.kl_steps) if self.kl_steps else self.kl
+        return self.kl * (1 - _falling(step, self.kl_steps)) if self.kl_steps else self.kl
 
     def _reconstruction(self, params, x_hat, x):
         """(weighted sum, {name: term}) of what compares pictures; in float32 or wider."""
