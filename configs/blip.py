@@ -122,8 +122,8 @@ def _small():
 # -------------------------------------------------------------------------------------------------------- as published
 
 
-def _captioner(image_size):
-    return dict(target="vgen.models.blip:captioner", size="base", image_size=image_size)
+def _captioner(image_size, **run):
+    return dict(target="vgen.models.blip:captioner", size="base", image_size=image_size, **run)
 
 
 def _paper():
@@ -134,12 +134,12 @@ def _paper():
     authors begin with an ImageNet ViT and that BERT, decay the rate by 0.9 an epoch, where this is linear, and change
     pictures by RandAugment without colours.
     """
-    adam = dict(lr=3e-4, kind="linear", warmup=3000, weight_decay=0.05)
+    adam, run = dict(lr=3e-4, kind="linear", warmup=3000, weight_decay=0.05), dict(remat="full", dtype="bfloat16")
     operations = ("auto_contrast", "equalize", "brightness", "sharpness", "shear_x", "shear_y", "translate_x",
                   "translate_y", "rotate")  # fmt: skip
     augment = dict(target="vgen.data.augment:RandAugment", layers=2, magnitude=5.0, operations=operations)
     first = dict(
-        task=dict(target="vgen.tasks.caption:Blip", network=_captioner(224), size=224, smoothing=0.1, **BERT,
+        task=dict(target="vgen.tasks.caption:Blip", network=_captioner(224, **run), size=224, smoothing=0.1, **BERT,
                   **ENCODER),
         data=dict(source="webdataset:SET_ME/*.tar", size=224, crop="inception_crop", crop_scale=(0.5, 1.0), flip=True,
                   augment=augment, workers=16),
@@ -148,7 +148,7 @@ def _paper():
                    keep_every=20_000, log_every=100),
     )  # fmt: skip
     tuned = dict(
-        task=dict(target="vgen.tasks.caption:Caption", network=_captioner(384), size=384, smoothing=0.1,
+        task=dict(target="vgen.tasks.caption:Caption", network=_captioner(384, **run), size=384, smoothing=0.1,
                   prompt=A_PICTURE_OF, **BERT),
         data=first["data"] | dict(size=384),
         evaluate=first["evaluate"] | dict(crop="resize"),

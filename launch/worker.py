@@ -132,4 +132,8 @@ if __name__ == "__main__":
     if 0 < len(given) < len(names) or given and "JAX_COORDINATOR_ADDRESS" not in os.environ:
         sys.exit(f"worker.py: set JAX_COORDINATOR_ADDRESS, {' and '.join(names.values())} together, or none of them")
     jax.distributed.initialize(**given)
-    sys.exit(main())
+    code = main()
+    jax.distributed.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread that waits for the others inside of JAX would bring down Python's own way out

@@ -454,3 +454,51 @@ def test_mistakes_end_all_processes_with_one_sentence(start, tmp_path):
         assert job.wait(60) == [2, 2], job.err()
         told = [line for line in job.err().splitlines() if not line.startswith("first: ")]
         assert len(told) == 1 and told[0].startswith("vgen: ") and sentence in told[0], job.err()
+
+
+TOGETHER = """
+import os, sys, time
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+address, me, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize(address, 2, me)
+from vgen import hosts
+place = NamedSharding(Mesh(jax.devices(), "x"), P("x"))
+split = jax.make_array_from_callback((4,), place, lambda index: np.arange(4.0)[index])
+assert not split.is_fully_addressable
+told = [hosts.whole(split).tolist(), hosts.whole(np.ones(2)).tolist(), hosts.everyone({"me": me})]
+with hosts.in_turn():
+    if not me:
+        time.sleep(0.5)
+        open(path, "w").write("written first")
+    told.append(open(path).read())
+print(told, flush=True)
+os._exit(0)
+"""
+
+
+def test_what_processes_tell_each_other(tmp_path):
+    """Arrays of which each has a part come whole; what the first has written the others find."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", TOGETHER, address]
+    started = [
+        subprocess.Popen([*command, str(i), str(tmp_path / "file")], env=env, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    told = [process.communicate(timeout=120)[0].splitlines()[-1] for process in started]
+    want = [[0.0, 1.0, 2.0, 3.0], [1.0, 1.0], [{"me": 0}, {"me": 1}], "written first"]
+    assert told == [str(want)] * 2
+
+
+def test_the_launch_script_itself(tmp_path):
+    """Processes of their own, which also have to come to an end of their own."""
+    script = ROOT / "launch" / "local_multiprocess.sh"
+    args = ["--processes=2", "--devices=1", "--", CONFIG, f"--workdir={tmp_path / 'run'}", "--stage=first"]
+    env = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run([script, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "[0] stage first finished" in done.stderr and "[1] stage" not in done.stderr
+    assert (tmp_path / "run" / "first" / "eval.json").is_file()

@@ -41,16 +41,17 @@ class Captioner(nn.Module):
         return self.decode(tokens, self.encode(images), mask)
 
 
-def captioner(size: str = "base", image_size: int = 384) -> Captioner:
+def captioner(size: str = "base", image_size: int = 384, **run: Any) -> Captioner:
     """The published captioners, "base" and "large"; norms of the vision tower as in the authors' code.
 
+    run: remat, unroll and dtype of both networks, see `vgen.layers.transformer.Stacked`.
     Raises ValueError for another size.
     """
     towers = dict(base=vit.BASE, large=vit.LARGE)
     if size not in towers:
         raise ValueError(f"captioner: size must be one of {', '.join(towers)}, got {size!r}")
-    tower = ViT(**towers[size], patch_size=16, image_size=image_size, resize="bicubic")
-    return Captioner(tower, Bert(vocab=30_524, cross=True, head=True))
+    tower = ViT(**towers[size], patch_size=16, image_size=image_size, resize="bicubic", **run)
+    return Captioner(tower, Bert(vocab=30_524, cross=True, head=True, **run))
 
 
 def for_384_pixels(params: Params) -> dict[str, Any]:
