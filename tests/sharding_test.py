@@ -103,7 +103,7 @@ def test_constrain_is_the_identity_without_a_mesh_and_a_constraint_under_one():
     "path, shape, want",
     [
         ("layers/attn/q/kernel", (24, 64, 32), P(None, "fsdp", "tensor")),
-        ("q/kernel", (64, 32), P("fsdp", "tensor")),
+        ("attn_1/q/kernel", (64, 32), P("fsdp", "tensor")),
         ("layers/cross/k_style/kernel", (64, 32), P("fsdp", "tensor")),
         ("layers/mlp/gate/kernel", (64, 32), P("fsdp", "tensor")),
         ("layers/attn/out/kernel", (64, 32), P("tensor", "fsdp")),
@@ -112,6 +112,7 @@ def test_constrain_is_the_identity_without_a_mesh_and_a_constraint_under_one():
         ("down_1/conv1/kernel", (3, 3, 64, 32), P(None, None, "fsdp", None)),
         ("layers/mlp/fc1/bias", (24, 64), P(None, "tensor")),
         ("layers/mlp/fc2/bias", (64,), P("fsdp")),
+        ("heads/projection/fc2/kernel", (64, 32), P("fsdp", None)),  # of a transformer's layers alone
     ],
 )
 def test_layers_are_split_inside_where_there_is_a_tensor_axis(path, shape, want):

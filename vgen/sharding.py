@@ -19,13 +19,13 @@ BATCH = P(("data", "fsdp"))
 # Of every transformer here: by columns, so that a device has whole heads, then by rows, so that one sum ends a branch
 # (Megatron-LM, Shoeybi et al. 2019, section 3).
 TENSOR = (
-    (r"(.*/)?(q|k|v|[kv]_\w+|fc1|gate)/kernel", ("fsdp", "tensor")),
-    (r"(.*/)?(q|k|v|[kv]_\w+|fc1|gate)/bias", ("tensor",)),
-    (r"(.*/)?(out|fc2)/kernel", ("tensor", "fsdp")),
+    (r"(.*/)?(attn|cross|mlp)\w*/(q|k|v|[kv]_\w+|fc1|gate)/kernel", ("fsdp", "tensor")),
+    (r"(.*/)?(attn|cross|mlp)\w*/(q|k|v|[kv]_\w+|fc1|gate)/bias", ("tensor",)),
+    (r"(.*/)?(attn|cross|mlp)\w*/(out|fc2)/kernel", ("tensor", "fsdp")),
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, devices=None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, devices=None) -> Mesh:
     """A mesh with axes data, fsdp, sequence, tensor; one of them may be -1 and takes the devices that are left.
 
     Raises ConfigError when the sizes do not multiply to the number of devices.
