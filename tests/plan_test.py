@@ -199,6 +199,8 @@ def test_the_table_of_all_plans(tmp_path, capsys, monkeypatch):
     assert [line.split("|")[4].strip() for line in capsys.readouterr().out.splitlines()[2:]] == ["second"]
     assert bench_main(["plan", f"--configs={tmp_path}", "--scale=mini"]) == 2
     assert "names a slice" in capsys.readouterr().err
+    assert bench_main(["plan", f"--configs={tmp_path}", f"--out={tmp_path}/none/all.json"]) == 2
+    assert "cannot write" in capsys.readouterr().err
     assert bench_main(["plan", f"--configs={tmp_path}/none"]) == 2
     assert "no configs in" in capsys.readouterr().err
 
@@ -242,6 +244,8 @@ def test_a_step_on_more_devices(capsys, monkeypatch):
     """Weak scaling by what is compiled: each device computes the same, and sends more kinds of things with fsdp."""
     place = here()
     monkeypatch.setattr(bench, "target", lambda name: place)
+    with pytest.raises(UserError, match="there is no stage 'third'; toy has first, second"):
+        list(bench.scaling(get_config(), "third"))
     lines = list(bench.scaling(get_config(), "first", counts=(1,)))
     assert len(lines) == 3 and lines[2].startswith("| data 1 | 4 | ")
     asked = []

@@ -66,6 +66,7 @@ def test_a_processor_is_measured():
     "args, sentence",
     [
         (["--config=nowhere.py"], "there is no config file nowhere.py"),
+        ([TOY, "--steps=0"], "--steps=0: must be at least 1"),
         ([TOY, "--stage=third"], "there is no stage 'third'"),
         ([TOY, "--config.stages.first.train.step=3"], "step"),
         ([], "needs --config"),

@@ -23,10 +23,9 @@ HEAD = ("config", "slice", "mesh", "stage", "million parameters", "a device hold
 def table(folder: str, only: str = "", scale: str = "paper", out: str = "", topology: str = "") -> Iterator[str]:
     """Rows of a Markdown table, a stage each, as they are done; a config that trains what another did is named with it.
 
-    folder: of the config files.  only: regular expression of CONFIG/STAGE; where it leaves out stages,
-    sampling is not planned either.
-    topology: in the place of the configs' own.  out: a file for the whole reports, as JSON, or "".
-    Raises UserError where nothing is left.
+    folder: of the config files.  only: regular expression of CONFIG/STAGE; where it leaves out stages, sampling is not
+    planned either.  topology: in the place of the configs' own.  out: a file for the whole reports, as JSON, or "".
+    Raises UserError where nothing is left, or `out` cannot be written.
     """
     cases = list(configs(folder, only, scale, topology))
     if not cases:
@@ -47,14 +46,19 @@ def table(folder: str, only: str = "", scale: str = "paper", out: str = "", topo
             some = [] if len(stages) == len(config.order) else stages
             reports[name] = plan(config, "nowhere", target(topology or config.topology), some)
         except UserError as error:
-            yield f"| {name} | {topology or config.topology} | | {' '.join(str(error).split())} |"
+            yield f"| {name} | {topology or config.topology} | | {' '.join(str(error).split())} |" + " |" * (
+                len(HEAD) - 4
+            )
             continue
         for kind in ("train", "sample"):
             for stage, found in reports[name][kind].items():
                 yield "| " + " | ".join(_row(name, reports[name], kind, stage, found)) + " |"
         reports[name]["seconds"] = time.perf_counter() - start
         if out:
-            Path(out).write_text(json.dumps(reports, indent=1))
+            try:
+                Path(out).write_text(json.dumps(reports, indent=1))
+            except OSError as error:
+                raise UserError(f"cannot write {out}: {error.strerror or error}") from None
 
 
 def configs(folder: str, only: str, scale: str, topology: str = "") -> Iterator[tuple[str, Any]]:
@@ -78,6 +82,8 @@ def scaling(config: Any, stage: str, counts: Sequence[int] = (1, 2, 4, 8)) -> It
 
     `data` has all of the parameters on each device, `fsdp` a part of them.
     """
+    if stage not in config["order"]:
+        raise UserError(f"there is no stage {stage!r}; {config['name']} has {', '.join(config['order'])}")
     yield "| mesh | batch | GFLOP a device | a device holds | " + " | ".join(COLLECTIVES) + " |"
     yield "|" + "---|" * (4 + len(COLLECTIVES))
     one = config["stages"][stage]["train"]["batch_size"]

@@ -29,6 +29,8 @@ def lines(argv: Sequence[str], steps: int, stage: str = "") -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         workdir = [] if any(arg.startswith(("--workdir", "-workdir")) for arg in argv) else [f"--workdir={folder}"]
         options = parse(["vgen.bench train", *argv, *workdir])
+        if steps < 1:
+            raise UserError(f"--steps={steps}: must be at least 1")
         run = Run(options.config, options.workdir)
         names = [stage] if stage else [name for name in run.config.order if run.train_config(name).steps]
         if not names:
