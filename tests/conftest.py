@@ -12,6 +12,8 @@ from pathlib import Path
 # Before JAX is imported, and for the processes that tests start: programs that were compiled once are read back.
 CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="vgen-xla-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+# Most programs run once or twice: less optimised they are ready sooner, which is a fifth of the time of all tests.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA's older code generator makes the same programs in three quarters of the time; newer versions have it no more.
 if int(version("jaxlib").split(".")[1]) < 11 and "fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
@@ -91,6 +93,31 @@ def tiny_runs():
 def tiny_run(tiny_runs):
     """configs/muse.py:tiny, trained for two steps a stage, drawn and measured by the command line: a `stages.Run`."""
     return tiny_runs(ROOT / "configs" / "muse.py")
+
+
+@pytest.fixture(scope="session")
+def gs():
+    """gs://runs, a bucket of an emulator in this process, for it and those that it starts."""
+    import logging
+    import socket
+    import socketserver
+
+    from gcp_storage_emulator.server import create_server
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = create_server("localhost", port, in_memory=True, default_bucket="runs")
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # each file that is looked for and not there
+    socketserver.TCPServer.handle_error = lambda *_: None  # each client that hangs up
+    server.start()
+    where = {
+        "TENSORSTORE_GCS_HTTP_URL": f"http://localhost:{port}",
+        "STORAGE_EMULATOR_HOST": f"http://localhost:{port}",
+    }
+    os.environ.update(where | {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"})  # of buckets with folders
+    yield
+    server.stop()
 
 
 # Tests that compile for long: second variants of a family, bfloat16, recomputation, gradients that reach every

@@ -43,9 +43,10 @@ FORBIDDEN = {
     "automatic_masks": {"tasks", "metrics", "tokens", "diffusion", "edit"} | TOP,
     "debug": {"models", "tasks", "data", "metrics", "tokens", "diffusion", "edit"} | TOP,
     "hosts": {"*"},
+    "bucket": {"*"},
     "engine": {"models", "tasks", "tokens", "diffusion", "edit"} | TOP,
 }
-EXCEPT = {("trees", "config")}  # its errors are mistakes in configs
+EXCEPT = {("trees", "config"), ("bucket", "config")}  # their errors are mistakes in configs
 # Whole systems: a pipeline's files become the task that samples it. `vgen.load` imports these where it needs them.
 SYSTEMS = {"convert/pipelines.py", "convert/schedulers.py", "convert/single_file.py"}
 HEAVY = (

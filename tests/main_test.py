@@ -89,7 +89,6 @@ def test_training_samples_and_measures(trained, capsys):
     [
         ([], "needs --config=configs/<system>.py and --workdir=DIR"),
         ([TOY, "--promt=x"], "Unknown command line flag 'promt'. Did you mean: prompt"),
-        ([TOY, "--workdir=gs://bucket/run"], "--workdir=gs://bucket/run is no folder: mount the bucket"),
         ([TOY, "something"], "unexpected argument 'something': flags look like --name=value"),
         ([TOY, "--mode=draw"], "--mode=draw: value should be one of <train|sample|eval|plan>"),
         ([TOY, "--num_images=-1"], "--num_images=-1: -1 is not a positive integer"),

@@ -27,6 +27,8 @@ from PIL import Image
 
 from tests import toy_config
 from tests.toy import Linear, features
+from vgen.bucket import Bucket
+from vgen.checkpoint import Checkpoints
 from vgen.config import UserError
 from vgen.data.features import Features
 
@@ -102,13 +104,11 @@ class Job:
         for log in self.logs:
             Path(f"{log}.err").touch()
         command = [f"{ROOT}/launch/worker.py", f"--compilation_cache={forge.cache}", *argv]
-        self.pids = [
-            forge.ask({
-                "env": shared | env | {"VGEN_PROCESS_ID": str(i)}, "argv": command, "out": f"{log}.out",
-                "err": f"{log}.err",
-            })
-            for i, log in enumerate(self.logs)
-        ]  # fmt: skip
+        self.pids = []
+        for i, log in enumerate(self.logs):
+            own = {name: value.replace("PROCESS", str(i)) for name, value in env.items()} | {"VGEN_PROCESS_ID": str(i)}
+            order = {"env": shared | own, "argv": command, "out": f"{log}.out", "err": f"{log}.err"}
+            self.pids.append(forge.ask(order))
 
     def err(self) -> str:
         return "".join(Path(f"{log}.err").read_text() for log in self.logs)
@@ -172,8 +172,6 @@ def metrics(folder: Path) -> list[dict]:
 
 def weights(folder: Path) -> tuple[dict[str, np.ndarray], int]:
     """Read on the one device of this process, whatever has written them."""
-    from vgen.checkpoint import Checkpoints
-
     found, step = Checkpoints(folder, read_only=True).weights()
     return {path: np.asarray(value) for path, value in found.items()}, step
 
@@ -488,7 +486,7 @@ def test_what_processes_tell_each_other(tmp_path):
         subprocess.Popen([*command, str(i), str(tmp_path / "file")], env=env, stdout=subprocess.PIPE, text=True)
         for i in range(2)
     ]
-    told = [process.communicate(timeout=120)[0].splitlines()[-1] for process in started]
+    told = [re.sub(r"\[Gloo\].*\n", "", process.communicate(timeout=120)[0]).splitlines()[-1] for process in started]
     want = [[0.0, 1.0, 2.0, 3.0], [1.0, 1.0], [{"me": 0}, {"me": 1}], "written first"]
     assert told == [str(want)] * 2
 
@@ -502,3 +500,20 @@ def test_the_launch_script_itself(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "[0] stage first finished" in done.stderr and "[1] stage" not in done.stderr
     assert (tmp_path / "run" / "first" / "eval.json").is_file()
+
+
+def test_processes_with_disks_of_their_own_share_a_bucket(runs, gs, start, tmp_path):
+    """As machines of a pod do: each writes its part of a checkpoint to gs://, and one process goes on from there."""
+    url = f"gs://runs/{tmp_path.name}"
+    flags = (CONFIG, f"--workdir={url}", "--config.mesh.fsdp=2", noting(tmp_path))
+    job = start(2, *flags, "--stage=first", VGEN_SCRATCH=f"{tmp_path}/disk-PROCESS")
+    assert job.wait(180) == [0, 0], job.err()
+    assert (tmp_path / "disk-1").is_dir() and not list(tmp_path.glob("disk-1/*/first/metrics.jsonl"))
+    job = start(1, *flags, VGEN_SCRATCH=f"{tmp_path}/third")
+    assert job.wait(180) == [0], job.err()
+    disk, one = next((tmp_path / "third").iterdir()), runs[1][0]
+    for stage in STAGES:
+        assert metrics(disk / stage) == metrics(one / stage)
+    assert (disk / "first" / "eval.json").read_text() == (one / "first" / "eval.json").read_text()
+    found, step = Checkpoints(disk / "second", read_only=True, bucket=Bucket(url, tmp_path / "third")).weights()
+    same(({path: np.asarray(value) for path, value in found.items()}, step), weights(one / "second"))

@@ -63,9 +63,9 @@ def test_a_run_is_planned_before_it_has_data_or_weights(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["pixart", "sam", "clip"])
-def test_batches_have_the_shapes_of_the_data(name, tmp_path, tiny_runs):
+def test_batches_have_the_shapes_of_the_data(name, tmp_path):
     """All that the pipeline gives is foreseen, with its shape and type; labels may be more than it has."""
-    run = tiny_runs(ROOT / "configs" / f"{name}.py")
+    run = Run(runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]("tiny"), tmp_path)
     for stage in run.config.order:
         with run.batches(stage) as batches:
             batch = next(iter(batches))

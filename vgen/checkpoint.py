@@ -1,7 +1,8 @@
 """Checkpoints of a training run: asynchronous, atomic, verified, and read back onto any mesh.
 
 Layout of a stage's folder: `checkpoints/<step>/{weights,average,rest,meta}` written by orbax, and
-`checkpoints/<step>.crc.json`, the sizes and checksums of its files, added once the step is complete.
+`checkpoints/<step>.crc.json`, the sizes and checksums of its files, added once the step is complete.  In gs:// orbax
+writes the same without the latter: such a bucket has checksums of its own.
 """
 
 import contextlib
@@ -19,9 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
-from vgen.config import UserError
-from vgen.hosts import everyone
+from vgen.bucket import Bucket
+from vgen.config import UserError, brief
+from vgen.hosts import everyone, in_turn
 from vgen.state import State
 
 _ARGS = ocp.args
@@ -34,6 +37,8 @@ class Checkpoints:
     are multiples of it stay for good (0 = none).  meta: JSON-able facts stored with every step, such as where frozen
     parameters come from (they are named, not saved).  warn: called with one sentence about a damaged checkpoint.
     read_only: nothing on disk is touched, so that weights can be read while the run goes on elsewhere.
+    bucket: which the folder stands for a part of.  In gs:// orbax reads and writes by itself; to others, whole
+      checkpoints are copied from the folder, and the newest ones to it.
     """
 
     def __init__(
@@ -45,10 +50,18 @@ class Checkpoints:
         meta: Mapping[str, Any] | None = None,
         warn: Callable[[str], None] = logging.warning,
         read_only: bool = False,
+        bucket: Bucket | None = None,
     ):
-        self.folder = Path(folder).resolve() / "checkpoints"
+        folder = Path(folder).resolve()
+        self._native = bucket is not None and bucket.native
+        place = epath.Path(bucket.url) / folder.relative_to(bucket.folder) if self._native else folder
+        self.folder = place / "checkpoints"
+        self._bucket, self._copied, self._keep = None if self._native else bucket, set(), 2 if read_only else keep
         self.meta, self.warn, self.read_only = dict(meta or {}), warn, read_only
         self._thread, self._sealing = ThreadPoolExecutor(1, "seal"), None
+        if self._bucket:
+            with in_turn():
+                self._fetch()
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
@@ -61,6 +74,10 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The complete steps on disk, oldest first."""
         return sorted(self.manager.all_steps())
+
+    def mark(self, step: int) -> Path | epath.Path:
+        """A small file of a step that no other one has like it; it need not be there."""
+        return self.folder / str(step) / "weights" / "manifest.ocdbt" if self._native else self._seal(step)
 
     def save(self, step: int, state: State, batches=None) -> None:
         """Start saving `state` as `step`; returns before it is on disk.  A thread seals it once it is."""
@@ -88,12 +105,43 @@ class Checkpoints:
     def _finish(self) -> None:
         self.manager.wait_until_finished()
         if jax.process_index() == 0 and not self.read_only:
-            for step in self.steps():
+            for step in () if self._native else self.steps():
                 if not self._seal(step).exists():
                     _write_json(self._seal(step), _checksums(self.folder / str(step)))
             for seal in self.folder.glob("*.crc.json"):
                 if not (self.folder / seal.name.split(".")[0]).exists():
                     seal.unlink(missing_ok=True)
+            if self._bucket:
+                self._copy()
+
+    def _fetch(self) -> None:
+        """Bring the newest that are whole in the bucket; of a run that writes, what the bucket has not goes."""
+        bucket, sealed = self._bucket, ".crc.json"
+        whole = sorted(int(name.removesuffix(sealed)) for name in bucket.names(self.folder) if name.endswith(sealed))
+        if not self.read_only and self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if path.name.split(".")[0] not in map(str, whole):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._copied = {step for step in whole if step in whole[-self._keep :] or self._seal(step).exists()}
+        for step in sorted(self._copied):
+            if not self._seal(step).exists():
+                bucket.fetch(self.folder / str(step))
+                bucket.fetch(self._seal(step))
+
+    def _copy(self) -> None:
+        """Bring to the bucket what it has not, and remove there what was removed here."""
+        try:
+            steps = set(self.steps())
+            for step in sorted(steps - self._copied):
+                self._bucket.send(self.folder / str(step))
+                self._bucket.send(self._seal(step))  # last: without it nobody reads the rest
+                self._copied.add(step)
+            for step in sorted(self._copied - steps):
+                self._bucket.remove(self._seal(step))
+                self._bucket.remove(self.folder / str(step))
+                self._copied.discard(step)
+        except UserError as error:
+            self.warn(f"{error}; the next save tries again")
 
     def restore(self, shapes: State, shardings: State) -> tuple[State, Any] | None:
         """The newest whole checkpoint as (state, data position), placed by `shardings`; None if there is none.
@@ -130,9 +178,13 @@ class Checkpoints:
         return dict(found.get("average") or found.get("weights")), self._read_step
 
     def close(self) -> None:
+        """Wait; UserError where the bucket has not got all checkpoints."""
         self.wait()
         self._thread.shutdown()
+        missing = set(self.steps()) - self._copied if self._bucket and jax.process_index() == 0 else ()
         self.manager.close()
+        if missing and not self.read_only:
+            raise UserError(f"{self._bucket.url} has not got checkpoints {sorted(missing)}; they are in {self.folder}")
 
     def _newest(self, args):
         steps = self.steps()
@@ -144,7 +196,7 @@ class Checkpoints:
                 try:
                     found = self.manager.restore(step, args=args(step) if callable(args) else args)
                 except Exception as error:  # noqa: BLE001  orbax and tensorstore raise many kinds for a damaged file
-                    cause, reason = error, _line(error)
+                    cause, reason = error, brief(error)
                 reason = next(filter(None, everyone(reason)), "")
             if not reason:
                 self._read_step = step
@@ -168,12 +220,14 @@ class Checkpoints:
 
     def _verify(self, step: int) -> tuple[bool, str]:
         """(whether the step is known to be whole, what is known to be wrong with it)."""
+        if self._native:
+            return True, ""  # orbax's last file is there, and the bucket checks what it reads
         if not self._seal(step).exists():
             return False, ""  # complete (orbax renames last) but the process ended before it was sealed
         try:
             wanted, got = json.loads(self._seal(step).read_text()), _checksums(self.folder / str(step))
         except (OSError, ValueError) as error:
-            return False, _line(error)
+            return False, brief(error)
         wrong = sorted(name for name in set(wanted) | set(got) if wanted.get(name) != got.get(name))
         return not wrong, f"{len(wrong)} files changed since they were written, e.g. {wrong[0]}" if wrong else ""
 
@@ -185,6 +239,9 @@ class Checkpoints:
             shutil.rmtree(target, ignore_errors=True)
             (self.folder / str(step)).rename(target)
             self._seal(step).unlink(missing_ok=True)
+            if self._bucket:
+                self._bucket.remove(self._seal(step))
+                self._copied.discard(step)
         everyone()
         self.manager.reload()
 
@@ -212,10 +269,6 @@ def _join(items: Mapping[str, Any], like: State) -> State:
     pick = lambda paths: {path: items["weights"][path] for path in paths}
     average = items.get("average", {})
     return State(params=pick(like.params), buffers=pick(like.buffers), ema=average, **items["rest"])
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _placed(leaf, place) -> jax.ShapeDtypeStruct:

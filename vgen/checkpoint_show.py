@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from vgen.checkpoint import Checkpoints, quiet
-from vgen.config import UserError
+from vgen.config import UserError, brief
 from vgen.convert.formats import Stored, read_json
 from vgen.convert.show import size, total, tree
 
@@ -110,7 +110,7 @@ def _arrays(folder: Path) -> dict[str, Array]:
         with quiet(), ocp.StandardCheckpointer() as reader:  # it misses a file of the step in the folder of an item
             found: Any = reader.metadata(folder)
     except Exception as error:  # noqa: BLE001  orbax and tensorstore raise many kinds for a damaged file
-        raise UserError(f"{folder}: its metadata cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{folder}: its metadata cannot be read ({brief(error)})") from None
     found = getattr(found, "item_metadata", found)
     rows = jax.tree_util.tree_flatten_with_path(getattr(found, "tree", found))[0]
     if not rows:  # what orbax makes of damaged files

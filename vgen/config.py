@@ -27,6 +27,11 @@ class ConfigError(UserError, ValueError):
     """A config that cannot be built; the message names the key, what was got, and what is accepted."""
 
 
+def brief(error: BaseException, length: int = 200) -> str:
+    """What an error of another library says, on one line; its kind where it says nothing."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
 def resolve(target: str):
     """Import "package.module:Name" (or "...:Class.method") and return the object; ConfigError if there is none."""
     module_name, _, attribute = target.partition(":")

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from vgen import sharding, trees
-from vgen.checkpoint import Checkpoints
 from vgen.config import ConfigError, UserError, call, to_dict, to_json
 from vgen.data.features import DTYPES, Features
 from vgen.data.images import RANDOM_WAYS
@@ -61,6 +60,8 @@ def check(run, name: str) -> CacheConfig | None:
     if not stage.cache:
         return None
     config, task = call(CacheConfig, stage.cache, where), run.task(name)
+    if run.bucket and run.machines > 1 and not config.path:
+        raise ConfigError(f"{where}.path: the workdir is in a bucket, so name a folder that all machines see")
     if not hasattr(task, "features"):
         raise ConfigError(f"{where}: {type(task).__name__} trains on pictures alone, it has no features to compute")
     try:
@@ -133,15 +134,15 @@ def _origin(run, source: Mapping[str, Any]) -> dict[str, Any]:
     how = {key: source[key] for key in ("part", "without", "through", "reader") if source.get(key)}
     if not source.get("stage"):
         return how | {"file": _fingerprint(str(source["file"]))}
-    stage, checkpoints = source["stage"], run.folder(source["stage"]) / "checkpoints"
+    stage, reader = source["stage"], run.checkpoints(source["stage"])
     inherited = {prefix: _origin(run, other) for prefix, other in run.stage(stage).init.items()}
-    how |= {"stage": stage, "step": 0, "init": inherited}
-    if checkpoints.is_dir():
-        reader = Checkpoints(run.folder(stage), read_only=True)
-        steps = reader.steps()
-        reader.close()
-        seal = checkpoints / f"{steps[-1] if steps else 0}.crc.json"
-        how |= {"step": steps[-1] if steps else 0, "crc": _fingerprint(str(seal)) if seal.is_file() else ""}
+    step = max(reader.steps(), default=0)
+    how |= {"stage": stage, "step": step, "init": inherited}
+    if step:
+        mark = reader.mark(step)
+        local = _fingerprint if isinstance(mark, Path) else lambda _: hashlib.sha256(mark.read_bytes()).hexdigest()[:16]
+        how["crc"] = local(str(mark)) if mark.is_file() else ""
+    reader.close()
     return how
 
 

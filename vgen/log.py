@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,14 @@ class Log:
     """Where a stage writes: `metrics.jsonl`, TensorBoard event files in `tensorboard/`, pictures in `pictures/`.
 
     folder: the stage's folder.  title: in front of the progress bar.  quiet: no bar and no lines (other hosts).
+    written: called whenever something was.
     The bar goes to stderr; without a terminal a plain line is printed at most every ten seconds.
     """
 
-    def __init__(self, folder: Path, title: str, quiet: bool = False):
+    def __init__(self, folder: Path, title: str, quiet: bool = False, written: Callable[[], None] | None = None):
         self.folder, self.title, self.quiet = Path(folder), title, quiet
         self.bar = self._writer = None
+        self._written = written or (lambda: None)
         self._last_line, self._printed, self._first, self._note = 0.0, -1, 0, ""
 
     def start(self, step: int, steps: int, batch_size: int) -> None:
@@ -68,6 +70,7 @@ class Log:
         if self.bar is not None:
             self.bar.set_postfix_str(self._note.lstrip(", "), refresh=False)
         self.tick(step)
+        self._written()
 
     def picture(self, step: int, name: str, image: np.ndarray) -> Path | None:
         """Write an uint8 [h, w, 3] picture to pictures/<name>_<step>.png and to TensorBoard."""
@@ -79,6 +82,7 @@ class Log:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(path, image)
         self._tensorboard().add_image(name, image, step, dataformats="HWC")
+        self._written()
         return path
 
     def finish(self) -> None:

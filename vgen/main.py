@@ -19,6 +19,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from vgen.bucket import Bucket, is_url
 from vgen.config import UserError
 from vgen.platform import start_over
 
@@ -49,7 +50,7 @@ def _flags(argv: list[str]) -> flags.FlagValues:
         lock_config=False, accept_new_attributes=True, sys_argv=argv,
     )  # fmt: skip
     text, number = flags.DEFINE_string, flags.DEFINE_integer
-    text("workdir", None, "where checkpoints, logs and pictures go", flag_values=values)
+    text("workdir", None, "where checkpoints, logs and pictures go: a folder, gs:// or s3://", flag_values=values)
     flags.DEFINE_enum("mode", "train", ["train", "sample", "eval", "plan"], "what to do", flag_values=values)
     text("topology", None, "plan: the slice, v4:4x4x16 or (emulated) cpu:8; default: the config's", flag_values=values)
     text("stage", None, "only this stage (train); only up to this stage (sample)", flag_values=values)
@@ -85,8 +86,8 @@ def parse(argv: list[str]) -> flags.FlagValues:
         print(f"{__doc__}\n{options.get_help(include_special_flags=False)}")
     elif options.config is None or options.workdir is None:
         raise UserError("needs --config=configs/<system>.py and --workdir=DIR")
-    elif "://" in options.workdir:
-        raise UserError(f"--workdir={options.workdir} is no folder: mount the bucket (gcsfuse, s3fs) and name that")
+    elif options.out is not None and is_url(options.out):
+        raise UserError(f"--out={options.out} is no folder of this machine; a --workdir in a bucket has them, too")
     return options
 
 
@@ -152,11 +153,14 @@ def _plan(options: flags.FlagValues) -> int:
         found = report["fitting"][name] = plan.fitting(options.config, options.workdir, name, target)
         told = " ".join(f"--config.{path}={value}" for path, value in (found or {}).items())
         print(f"train {name}: {'fits with ' + told if found else 'none fits; take more or larger devices'}", flush=True)
-    path = Path(options.workdir) / "plan.json"
+    bucket = Bucket(options.workdir) if is_url(options.workdir) else None
+    path = (bucket.folder if bucket else Path(options.workdir)) / "plan.json"
     try:
         plan.write(report, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    if bucket:
+        bucket.send(path)
     return 0 if report["fits"] else 3
 
 
@@ -302,6 +306,7 @@ def _caption(run, options) -> int:
     out = _folder(options.out or run.workdir / "samples")
     lines = [f"{path.name}: {caption}" for path, caption in zip(paths, told, strict=True)]
     (out / "captions.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    run.push()
     print("\n".join(lines))
     return 0
 
@@ -343,8 +348,9 @@ def _draw(run, options, system, prompts, **edit) -> None:
             images.save_png(out / f"{stage}_{i:04d}.png", picture)
         path = out / f"{stage}_grid.png"
         images.save_png(path, images.grid(pictures, columns=max(options.num_images, 4), captions=repeated))
-        print(f"{len(pictures)} pictures of stage {stage} in {out}, together in {path}")
+        print(f"{len(pictures)} pictures of stage {stage} in {run.shown(out)}, together in {run.shown(path)}")
     (out / "prompts.txt").write_text("".join(prompt + "\n" for prompt in repeated), encoding="utf-8")
+    run.push()
 
 
 def _evaluate(run, system=None) -> int:
@@ -372,9 +378,10 @@ def _evaluate(run, system=None) -> int:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(report, indent=1))
     temporary.replace(path)
+    run.push()
     for name, value in _rows(report):
         print(f"{name:<44} {value}")
-    print(f"written to {path}")
+    print(f"written to {run.shown(path)}")
     return 0
 
 

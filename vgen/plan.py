@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from vgen import features, hlo, platform, sharding, trees
 from vgen import state as states
 from vgen.bench import flops
-from vgen.config import ConfigError, UserError, to_dict
+from vgen.config import ConfigError, UserError, brief, to_dict
 from vgen.convert.show import size
 from vgen.stages import Run
 from vgen.train import frozen_dtype, program
@@ -92,7 +92,7 @@ def target(topology: str) -> Target:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # noqa: BLE001  jaxlib tells of a missing library and a bad name by the same kinds
-        reason = " ".join(str(error).split())[:160]
+        reason = brief(error, 160)
         raise UserError(
             f"--topology={topology}: libtpu does not know it, or is not installed (pip install 'vgen[tpu]'): {reason}"
         ) from None
@@ -207,7 +207,7 @@ def measured(function, arguments, target: Target, steps: int = 1) -> tuple[dict[
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise UserError(f"{target.name}: XLA cannot compile it: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(f"{target.name}: XLA cannot compile it: {brief(error, 300)}") from error
         said = str(error)
     seconds = time.perf_counter() - start
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)

@@ -6,6 +6,7 @@ A stage is a task, its data, its training settings, and `init`: where parameters
 import dataclasses
 import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import jax
 
 from vgen import debug, features, sharding, trees
 from vgen import state as states
+from vgen.bucket import Bucket, is_url
 from vgen.checkpoint import Checkpoints
 from vgen.config import ConfigError, UserError, arguments, build, call, diff, resolve, to_dict, to_json
 from vgen.data.cache import cache_source
@@ -144,7 +146,8 @@ class RunConfig:
 class Run:
     """A config bound to a workdir and a mesh: builds tasks, opens data, finds weights.
 
-    config: a ConfigDict or dict with the fields of RunConfig.  workdir: the run's folder.
+    config: a ConfigDict or dict with the fields of RunConfig.  workdir: the run's folder, or the address of one in a
+      bucket (see `vgen.bucket`), which is then `bucket`, and `workdir` the folder of this machine that stands for it.
     trainer: name of the config that the workdir was made by, known once it is claimed or checked.
     Raises ConfigError for a mistake in any stage, before any work is done.
     """
@@ -153,7 +156,14 @@ class Run:
         config = to_dict(config)
         self.config: RunConfig = call(RunConfig, config, "config")
         self.recorded = {name: config.get(name) for name in ("name", *RECORDED)}
-        self.workdir = Path(workdir)
+        self.bucket = Bucket(str(workdir), warn=warn) if is_url(workdir) else None
+        self.workdir = self.bucket.folder if self.bucket else Path(workdir)
+        self.machines = len(set(everyone(os.uname().nodename)))
+        if self.machines > 1 and self.bucket and not self.bucket.native:
+            raise UserError(
+                f"--workdir={workdir}: processes on {self.machines} machines need gs:// or a disk that all see, "
+                "such as a mounted bucket"
+            )
         self.trainer = self.config.name
         self.mesh = call(sharding.make_mesh, self.config.mesh | dict(devices=devices), "config.mesh")
         self.stages = {name: self._stage_config(name) for name in self.config.order}
@@ -218,6 +228,10 @@ class Run:
     def folder(self, name: str) -> Path:
         return self.workdir / name
 
+    def checkpoints(self, name: str, *, read_only: bool = True, **settings) -> Checkpoints:
+        """Those of a stage; settings: other arguments of `Checkpoints`."""
+        return Checkpoints(self.folder(name), warn=warn, read_only=read_only, bucket=self.bucket, **settings)
+
     def train_config(self, name: str) -> TrainConfig:
         return call(TrainConfig, self.stage(name).train, f"config.stages.{name}.train")
 
@@ -239,6 +253,7 @@ class Run:
         path = self.workdir / "config.json"
         try:
             with in_turn():
+                self._pull(whole=True)
                 self.workdir.mkdir(parents=True, exist_ok=True)
                 (self.workdir / ".writable").touch()
                 (self.workdir / ".writable").unlink(missing_ok=True)  # another host may have been here
@@ -246,6 +261,7 @@ class Run:
                     temporary = path.with_name("config.json.tmp")
                     temporary.write_text(to_json(self.recorded))
                     temporary.replace(path)
+                self.push()
         except OSError as error:
             raise UserError(f"cannot write to the workdir {self.workdir}: {error.strerror or error}") from None
         self._check_recorded(path)
@@ -253,10 +269,12 @@ class Run:
     def check(self) -> None:
         """UserError unless the workdir was made by this config; a new one is claimed where no stage is trained."""
         path = self.workdir / "config.json"
+        with in_turn():
+            self._pull()
         if not path.exists():
             if not any(self.train_config(name).steps for name in self.stages):
                 return self.claim()
-            raise UserError(f"{self.workdir} holds no run: train first with --mode=train --workdir={self.workdir}")
+            raise UserError(f"{self.shown()} holds no run: train first with --mode=train --workdir={self.shown()}")
         self._check_recorded(path)
 
     def _check_recorded(self, path: Path) -> None:
@@ -270,9 +288,28 @@ class Run:
         if lines:
             more = f"\n  (and {len(lines) - 12} more)" if len(lines) > 12 else ""
             raise UserError(
-                f"{self.workdir} was made by another config; use another --workdir, or undo:\n  "
+                f"{self.shown()} was made by another config; use another --workdir, or undo:\n  "
                 + "\n  ".join(lines[:12]) + more
             )  # fmt: skip
+
+    def shown(self, path: Path | None = None) -> str:
+        """Where a file of the workdir is for the user; by default the workdir."""
+        path = path or self.workdir
+        return self.bucket.shown(path) if self.bucket else str(path)
+
+    def push(self) -> None:
+        """Copy to the bucket what is new in the workdir; UserError where that fails."""
+        if self.bucket and jax.process_index() == 0:
+            self.bucket.push()
+
+    def _pull(self, whole: bool = False) -> None:
+        """Bring what the bucket has of the run; whole: and nothing else stays (the first process decides)."""
+        if not self.bucket:
+            return
+        if whole and jax.process_index() == 0:
+            self.bucket.begin()
+        else:
+            self.bucket.pull()
 
     # ------------------------------------------------------------------------------------------------------- data
 
@@ -283,7 +320,9 @@ class Run:
             corpus = lambda: open_captions(**stage.data)
             given = dict(corpus=corpus, cache=self.workdir / "tokenizer.json")
             with in_turn():
+                self._pull()
                 self._text = call(open_tokenizer, self.config.text | given, "config.text")
+                self.push()
         return self._text
 
     def batches(self, name: str, *, held_out: bool = False, cached: bool = False, **changed):
@@ -375,14 +414,12 @@ class Run:
             self.check_sources(name)
             return place_frozen(list(layout.shapes), self.given(name)[0], self.mesh, config), 0
         places = sharding.param_shardings(layout.shapes, self.mesh, config.rules, config.min_shard_size)
-        folder = self.folder(name)
-        found = None
-        if (folder / "checkpoints").is_dir():
-            checkpoints = Checkpoints(folder, warn=warn, read_only=True)
-            found = checkpoints.weights(lambda path, _: places[path])
-            checkpoints.close()
+        checkpoints = self.checkpoints(name)
+        found = checkpoints.weights(lambda path, _: places[path])
+        checkpoints.close()
         if found is None:
-            raise UserError(f"stage {name!r} has no checkpoint in {folder}: train it with --mode=train --stage={name}")
+            where = self.shown(self.folder(name))
+            raise UserError(f"stage {name!r} has no checkpoint in {where}: train it with --mode=train --stage={name}")
         trained, step = found
         frozen = {}
         if layout.frozen:
@@ -407,10 +444,9 @@ class Run:
         given, origin = self.given(name, {path.split("/")[0] for path in layout.shapes})
         given |= empty
         quiet = jax.process_index() > 0
-        log = Log(self.folder(name), name, quiet)
-        checkpoints = Checkpoints(
-            self.folder(name), keep=config.keep, keep_every=config.keep_every, meta={"frozen": origin}, warn=warn
-        )
+        log = Log(self.folder(name), name, quiet, self.bucket.push_soon if self.bucket else None)
+        kept = dict(keep=config.keep, keep_every=config.keep_every, meta={"frozen": origin})
+        checkpoints = self.checkpoints(name, read_only=False, **kept)
         key = jax.random.fold_in(jax.random.key(self.config.seed), self.config.order.index(name))
         hooks, around = self._hooks(name, config, given, log, cached), lambda step: step
         trace = self._trace(name)
@@ -430,6 +466,7 @@ class Run:
                 trace.close()
                 log.finish()
                 checkpoints.close()
+                self.push()
 
     def _trace(self, name: str) -> debug.Trace:
         return debug.Trace(self.folder(name) / "profile", *self.config.profile_steps)
@@ -437,11 +474,11 @@ class Run:
     def _make(self, name: str) -> None:
         """Write a stage's training data, if it is one that makes them and has not done so."""
         spec, folder = self.stage(name).make, self.folder(name)
-        if not spec or everyone((folder / "made" / "cache.json").is_file())[0]:
+        if not spec or all(everyone((folder / "made" / "cache.json").is_file())):
             return
         examples, report = build(spec, f"config.stages.{name}.make")(self)
         with in_turn():
-            if jax.process_index() == 0:
+            if jax.process_index() == 0 or self.bucket:  # whose folder other machines do not see
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "made.json").write_text(json.dumps(report, indent=1))
                 cache_source(examples, folder / "made")

@@ -45,15 +45,11 @@ def test_numbers_follow_from_each_other(chip, tmp_path):
 
 
 def test_features_are_drawn_where_a_stage_has_a_cache(chip, tmp_path):
-    import runpy
-
+    from tests.multiprocess_test import get_config
     from vgen.stages import Run
 
-    path = Path(__file__).parents[2] / "configs" / "ldm.py"
-    config = runpy.run_path(str(path))["get_config"]("tiny")
-    config.stages.unet.cache = dict(features=("latents",))
-    run = Run(config, tmp_path)
-    found = train.measured(run, "unet", train.here(jax.devices()[:1]), 1)
+    run = Run(get_config(), tmp_path)
+    found = train.measured(run, "second", train.here(jax.devices()[:1]), 1)
     assert found["wait"] is None and not (tmp_path / "cache").exists()
 
 

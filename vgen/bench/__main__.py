@@ -1,4 +1,4 @@
-"""The command line: python -m vgen.bench peers|bf16|compile|curves|claims|plan|scaling|train [...].
+"""The command line: python -m vgen.bench peers|bf16|compile|curves|claims|plan|scaling|train|input [...].
 
 Every mistake of the caller ends as one sentence on stderr and exit code 2.
 """
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, or 2 after a mistake of the caller."""
     parser = argparse.ArgumentParser("vgen.bench", description="Suites that measure and print tables.")
     suites = parser.add_subparsers(
-        dest="suite", required=True, metavar="peers|bf16|compile|curves|claims|plan|scaling|train"
+        dest="suite", required=True, metavar="peers|bf16|compile|curves|claims|plan|scaling|train|input"
     )
     peers = suites.add_parser("peers", help="speed beside the PyTorch references, same weights, float32")
     peers.add_argument("--only", default="", help="regular expression of the cases' names")
@@ -47,6 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     step.add_argument("--stage", default="", help="only this one")
     step.add_argument("--steps", type=int, default=20, help="that are timed (default: %(default)s)")
+    read = suites.add_parser("input", help="how fast each kind of source is read, beside a loop of one thread")
+    read.add_argument("--only", default="", help="regular expression of the kinds")
+    read.add_argument("--count", type=int, default=512, help="examples of each (default: %(default)s)")
+    read.add_argument("--size", type=int, default=256, help="pixels (default: %(default)s)")
+    read.add_argument("--workers", type=int, default=2, help="threads, and processes (default: %(default)s)")
+    read.add_argument("--runs", type=int, default=3, help="of each; the fastest counts (default: %(default)s)")
     options, rest = parser.parse_known_args(argv)
     if rest and options.suite not in ("train", "scaling"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -81,6 +87,10 @@ def _lines(options) -> Iterator[str]:
         from vgen.bench import train
 
         return train.lines(options.rest, options.steps, options.stage)
+    if options.suite == "input":
+        from vgen.bench import reading
+
+        return reading.table(options.only, options.count, options.size, options.workers, options.runs)
     if options.suite == "scaling":
         from vgen.bench import plan
         from vgen.main import emulate_devices, parse

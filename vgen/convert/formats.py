@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vgen.config import UserError
+from vgen.config import UserError, brief
 
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library
 DTYPES = {
@@ -59,7 +59,7 @@ def parse_json(text: bytes | str, where: str | Path) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not the JSON it should be: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{where}: not the JSON it should be: {brief(error)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
-from vgen.config import UserError
+from vgen.config import UserError, brief
 
 INDEX = ".index.json"  # of shards
 PIPELINE = "model_index.json"  # of a folder of parts
@@ -71,7 +71,7 @@ def _reason(error: Exception) -> str:
     for kind in type(error).__mro__:
         if kind.__name__ in kinds:
             return kinds[kind.__name__]
-    return f"the hub cannot be reached ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+    return f"the hub cannot be reached ({type(error).__name__}: {brief(error, 120)})"
 
 
 def choose(names: Iterable[str], pick: Callable[[list[str]], list[str]]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vgen.config import UserError
+from vgen.config import UserError, brief
 from vgen.convert import formats, hub
 from vgen.convert.formats import Stored
 
@@ -113,7 +113,7 @@ def open_file(path: Path) -> dict[str, Stored]:
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001  every reader has its own exceptions for a damaged file
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
+        raise UserError(f"cannot read {path}: {brief(error)}") from None
     return {name: stored._replace(read=_guarded(stored.read, name, path)) for name, stored in tensors.items()}
 
 
@@ -138,7 +138,7 @@ def _guarded(read: Callable[[], np.ndarray], name: str, path: Path) -> Callable[
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001
-            raise UserError(f"cannot read {name!r} of {path}: {' '.join(str(error).split())[:200]}") from None
+            raise UserError(f"cannot read {name!r} of {path}: {brief(error)}") from None
 
     return guarded
 

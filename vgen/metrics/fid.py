@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from vgen import trees
-from vgen.config import UserError
+from vgen.config import UserError, brief
 from vgen.data import images as image_ops
 from vgen.models.inception import SIZE, InceptionV3
 
@@ -253,7 +253,7 @@ def load_statistics(path: str | Path) -> Statistics:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot read statistics from {path}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"cannot read statistics from {path}: {brief(error)}") from None
     if missing := [name for name in Statistics._fields if name not in arrays]:
         raise UserError(
             f"{path} has no {', '.join(missing)}: it does not say under which protocol it was made, so nothing can be "
