@@ -12,6 +12,7 @@ from PIL import Image
 
 from vgen.bucket import Bucket
 from vgen.checkpoint import Checkpoints
+from vgen.checkpoint_show import main as checkpoint
 from vgen.config import UserError
 from vgen.main import main
 
@@ -70,6 +71,16 @@ def test_a_run_goes_on_from_the_bucket_on_another_machine(url, local, tmp_path, 
     steps = [json.loads(line)["step"] for line in held["first/metrics.jsonl"].decode().splitlines()]
     assert steps == [1, 2, 3, 4, 4]  # as the first machine left it
     assert any(name.startswith("second/tensorboard/") for name in held) and "samples/second_grid.png" in held
+
+    shown = checkpoint(["show", url])
+    printed = capsys.readouterr()
+    if url.startswith("gs"):
+        assert shown == 0 and "toy, seed 0, stages first, second" in printed.out
+        assert "first: step 4" in printed.out and "with checksums" in printed.out and "frozen   fixed" in printed.out
+        assert checkpoint(["show", f"{url}/second"]) == 0
+        assert printed.out.split("second: step")[1] == capsys.readouterr().out.split("second: step")[1]
+    else:
+        assert shown == 2 and "only gs:// is read where it is" in printed.err
 
     third = tmp_path / "third"
     for stage in ("first", "second"):

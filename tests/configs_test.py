@@ -19,7 +19,8 @@ from vgen.convert import schedulers
 from vgen.convert.amused import UVIT
 from vgen.convert.clip import HF_TEXT_PROJECTION
 from vgen.convert.vqgan import DIFFUSERS_VQ
-from vgen.stages import RECORDED, Run
+from vgen.fields import RECORDED
+from vgen.stages import Run
 from vgen.system import System
 from vgen.types import Context
 

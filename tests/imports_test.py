@@ -42,11 +42,12 @@ FORBIDDEN = {
     "features": {"models", "tasks", "metrics", "stages", "system", "main"},
     "automatic_masks": {"tasks", "metrics", "tokens", "diffusion", "edit"} | TOP,
     "debug": {"models", "tasks", "data", "metrics", "tokens", "diffusion", "edit"} | TOP,
+    "fields": {"*"},
     "hosts": {"*"},
     "bucket": {"*"},
     "engine": {"models", "tasks", "tokens", "diffusion", "edit"} | TOP,
 }
-EXCEPT = {("trees", "config"), ("bucket", "config")}  # their errors are mistakes in configs
+EXCEPT = {("trees", "config"), ("bucket", "config"), ("fields", "config")}  # their errors are mistakes in configs
 # Whole systems: a pipeline's files become the task that samples it. `vgen.load` imports these where it needs them.
 SYSTEMS = {"convert/pipelines.py", "convert/schedulers.py", "convert/single_file.py"}
 HEAVY = (

@@ -14,7 +14,8 @@ import pytest
 
 from vgen import main
 from vgen.data.images import save_png
-from vgen.stages import GenerateConfig, Run, RunConfig
+from vgen.fields import GenerateConfig, RunConfig
+from vgen.stages import Run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

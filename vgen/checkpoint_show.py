@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
+from vgen.bucket import Bucket, is_url
 from vgen.checkpoint import Checkpoints, quiet
 from vgen.config import UserError, brief
-from vgen.convert.formats import Stored, read_json
+from vgen.convert.formats import Stored, parse_json, read_json
 from vgen.convert.show import size, total, tree
 
 ITEMS = ("weights", "average", "rest")
@@ -35,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("vgen.checkpoint", description="Checkpoints of vgen's own runs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="show")
     show = commands.add_parser("show", help="steps, arrays, shapes, bytes, shardings; nothing is loaded or changed")
-    show.add_argument("folder", type=Path, help="a workdir, or one stage of it")
+    show.add_argument("folder", help="a workdir, or one stage of it; gs://... too")
     show.add_argument("--step", type=int, help="(default: the newest)")
     show.add_argument("--arrays", action="store_true", help="name all arrays, with their shapes")
     options = parser.parse_args(argv)
@@ -48,33 +50,36 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def lines(folder: Path, step: int | None = None, arrays: bool = False) -> Iterator[str]:
+def lines(folder: str | Path, step: int | None = None, arrays: bool = False) -> Iterator[str]:
     """The report on a workdir, or on a stage's folder.
 
     step: the newest by default.  arrays: also a line for each of the weights and averages.
     Raises UserError for a folder without checkpoints, a step that is not there, and metadata that cannot be read.
     """
-    folder = folder.resolve()
+    if is_url(folder) and not Bucket(str(folder)).native:
+        raise UserError(f"{folder}: only gs:// is read where it is; copy it to a folder and show that")
+    folder = epath.Path(folder) if is_url(folder) else Path(folder).resolve()
     folder = folder.parent if folder.name == "checkpoints" else folder
     stages = [folder] if (folder / "checkpoints").is_dir() else _stages(folder)
     root = folder if (folder / "config.json").exists() else folder.parent
     if (root / "config.json").exists():
-        config = read_json(root / "config.json")
+        config = _json(root / "config.json")
         yield f"{root}: {config.get('name')}, seed {config.get('seed')}, stages {', '.join(config.get('order', ()))}"
     for stage in stages:
         yield from _stage(stage, step, arrays)
 
 
-def _stages(folder: Path) -> list[Path]:
+def _stages(folder: Path | epath.Path) -> list[Path | epath.Path]:
     found = [path.parent for path in folder.glob("*/checkpoints") if path.is_dir()]
     if not found:
         raise UserError(f"{folder} holds no checkpoints: give a workdir, or the folder of a stage in one")
-    order = read_json(folder / "config.json").get("order", []) if (folder / "config.json").exists() else []
+    order = _json(folder / "config.json").get("order", []) if (folder / "config.json").exists() else []
     return sorted(found, key=lambda path: (order.index(path.name) if path.name in order else len(order), path.name))
 
 
-def _stage(folder: Path, step: int | None, arrays: bool) -> Iterator[str]:
-    checkpoints = Checkpoints(folder, read_only=True)
+def _stage(folder: Path | epath.Path, step: int | None, arrays: bool) -> Iterator[str]:
+    bucket = Bucket(str(folder)) if is_url(folder) else None
+    checkpoints = Checkpoints(bucket.folder if bucket else folder, read_only=True, bucket=bucket)
     steps = checkpoints.steps()
     checkpoints.close()
     if not steps:
@@ -83,12 +88,10 @@ def _stage(folder: Path, step: int | None, arrays: bool) -> Iterator[str]:
         raise UserError(f"--step={step}: {folder / 'checkpoints'} has {', '.join(map(str, steps))}")
     step = steps[-1] if step is None else step
     place = folder / "checkpoints" / str(step)
-    files = [path for path in place.rglob("*") if path.is_file()]
     others = ", ".join(str(each) for each in steps if each != step)
-    sealed = "with checksums" if place.with_name(f"{step}.crc.json").exists() else "without checksums"
-    disk = size(sum(path.stat().st_size for path in files))
-    yield f"{folder.name}: step {step}{f' (also {others})' if others else ''}, {disk} on disk, {sealed}"
-    meta = read_json(place / "meta" / "metadata")
+    sealed = "with checksums" if bucket or place.with_name(f"{step}.crc.json").exists() else "without checksums"
+    yield f"{folder.name}: step {step}{f' (also {others})' if others else ''}, {size(_bytes(place))} on disk, {sealed}"
+    meta = _json(place / "meta" / "metadata")
     for name in ITEMS:
         if not (place / name).is_dir():
             continue
@@ -104,7 +107,15 @@ def _stage(folder: Path, step: int | None, arrays: bool) -> Iterator[str]:
         yield f"  frozen   {path}: {', '.join(f'{key} {value}' for key, value in sorted(origin.items()))}"
 
 
-def _arrays(folder: Path) -> dict[str, Array]:
+def _json(path: Path | epath.Path) -> dict[str, Any]:
+    return read_json(path) if isinstance(path, Path) else parse_json(path.read_bytes(), str(path))
+
+
+def _bytes(folder: Path | epath.Path) -> int:
+    return sum(_bytes(path) if path.is_dir() else path.stat().length for path in epath.Path(folder).iterdir())
+
+
+def _arrays(folder: Path | epath.Path) -> dict[str, Array]:
     """{path: what is known} of an item of a checkpoint."""
     try:
         with quiet(), ocp.StandardCheckpointer() as reader:  # it misses a file of the step in the folder of an item

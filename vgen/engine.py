@@ -1,7 +1,7 @@
 """The data engine: a network helps to make the masks that it is trained on next (Kirillov et al. 2023, SAM,
 arXiv:2304.02643, section 4), with a simulated annotator.
 
-Each stage of a config (`vgen.stages.StageConfig.make`) looks at pictures of its own.  Assisted-manual: the annotator
+Each stage of a config (`vgen.fields.StageConfig.make`) looks at pictures of its own.  Assisted-manual: the annotator
 clicks, the network draws.  Semi-automatic: masks that the network is sure of are there already, the annotator adds
 those that are missing.  Fully automatic: nobody looks.
 """

@@ -1,6 +1,6 @@
 """What configs have in common: the embedded world's data, optimiser settings, and stages that train autoencoders.
 
-Plain functions that return the dicts a config is made of (see `vgen.stages.RunConfig`), for scales that learn on the
+Plain functions that return the dicts a config is made of (see `vgen.fields.RunConfig`), for scales that learn on the
 embedded world.  Nothing here is read by the program itself: it sees what a config makes of it.
 """
 
@@ -83,7 +83,7 @@ AUTOENCODING = dict(
 def system(name: str, scale: str, makers: Mapping[str, Callable[[], Mapping[str, Any]]], published: Any) -> ConfigDict:
     """The config `name` at one scale, as its `get_config` returns it.
 
-    makers: {scale: function that makes the fields of `vgen.stages.RunConfig`, in the place of those here}.
+    makers: {scale: function that makes the fields of `vgen.fields.RunConfig`, in the place of those here}.
     published: the field of that name.  Raises ValueError for another scale.
     """
     if scale not in makers:
@@ -100,7 +100,7 @@ def study(
 
     measure: target of its evaluation, which has the world of the base's.  settings: {scale: its other arguments}; at
       other scales the evaluation stays.
-    changed: other fields of `vgen.stages.RunConfig`; where `stages`, `order`, `text` and `seed` stay, a workdir of that
+    changed: other fields of `vgen.fields.RunConfig`; where `stages`, `order`, `text` and `seed` stay, a workdir of that
       system can be measured as it is.
     """
     spec = importlib.util.spec_from_file_location(f"_vgen_config_{base}", Path(path).with_name(f"{base}.py"))

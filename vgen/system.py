@@ -11,8 +11,9 @@ import numpy as np
 from vgen import sharding, trees
 from vgen.config import UserError, call
 from vgen.data import images
+from vgen.fields import GenerateConfig
 from vgen.hosts import whole
-from vgen.stages import GenerateConfig, Run
+from vgen.stages import Run
 
 JUDGED = ("image_out", "text", "text_mask", "label")  # what a judge is told of a batch
 
@@ -139,7 +140,7 @@ class System:
         whatever there is one of for each picture.
         image: uint8 [h, w, 3] to edit, of which the central square is taken; mask: bool [h, w], True where it is to be
         made anew (None with an image: edit without a mask).  stages: only the first few.
-        of: how many are drawn for each prompt, of which the best is kept (see `vgen.stages.Choose`); as
+        of: how many are drawn for each prompt, of which the best is kept (see `vgen.fields.Choose`); as
         `generate.choose` says by default, where that is empty 1.
         overrides: guidance_scale, steps, ... (`generate.knobs`); steps may be one number for the first stage or
         {stage: number}.

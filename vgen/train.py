@@ -24,7 +24,7 @@ from vgen.types import Context, Task
 class TrainConfig:
     """Settings of one training run.
 
-    steps: 0 = nothing is trained (see `vgen.stages.StageConfig`).  batch_size: global examples per step.
+    steps: 0 = nothing is trained (see `vgen.fields.StageConfig`).  batch_size: global examples per step.
     optim: {group: arguments of `optim.optimizer` without `steps`}.
     groups: replaces the task's own {group: regex} ({} keeps it).  ema_decay: 0 = off.
     accumulate: microbatches per step.  max_bad_steps: consecutive non-finite steps before the run is aborted.

@@ -11,9 +11,9 @@ from vgen.data import sources
 
 def test_every_kind_is_read(capsys):
     """In threads and in processes, from data sets written for it."""
-    assert main(["input", "--count=32", "--size=16", "--runs=1", "--only=^(webd|arrayrecord, files|sa1b|digits)"]) == 0
+    assert main(["input", "--count=32", "--size=16", "--runs=1", "--only=^(webd|sa1b)"]) == 0
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
-    assert [row[0] for row in rows[2:]] == ["webdataset", "arrayrecord, files", "sa1b", "digits"]
+    assert [row[0] for row in rows[2:]] == ["webdataset", "sa1b"]
     for row in rows[2:]:
         one, threads, processes, best = (float(cell.replace(",", "")) for cell in row[2:])
         assert min(one, threads, processes) > 0

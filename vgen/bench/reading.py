@@ -81,7 +81,7 @@ def _batches(source: Source, count: int, size: int, workers: int, threads: int) 
         return count // BATCH * BATCH / (time.perf_counter() - start)
 
 
-# ----------------------------------------------------------------------------------------------- a data set of each kind
+# ---------------------------------------------------------------------------------------------- a data set of each kind
 
 
 def _jpeg(picture: Image.Image) -> bytes:

@@ -106,7 +106,7 @@ def load_source(source: Source, *, family: str | None = None, **place) -> tuple[
 
 
 def params(where: str | Path) -> Params:
-    """The parameters alone, of one network: a reader for `vgen.stages.InitConfig`."""
+    """The parameters alone, of one network: a reader for `vgen.fields.InitConfig`."""
     source = open_source(where)
     if isinstance(source, dict):
         raise UserError(f"{where} is a pipeline of {', '.join(source)}: name the folder of one of them")
