@@ -205,6 +205,20 @@ def test_the_table_of_all_plans(tmp_path, capsys, monkeypatch):
     assert "no configs in" in capsys.readouterr().err
 
 
+def test_how_hard_the_compiler_tried_is_told(tmp_path):
+    report = plan.plan(get_config(), tmp_path, here(), ["first"])
+    quick = report | {"target": report["target"] | {"optimization_level": "O0"}}
+    more = set(plan.lines(quick)) - set(plan.lines(report))
+    assert any("JAX_OPTIMIZATION_LEVEL=O0" in line for line in more) and plan.effort() == ""
+    cells = [list(bench._row("a", each, "train", "first", report["train"]["first"])) for each in (report, quick)]
+    assert cells[1] == [*cells[0][:-1], f"{cells[0][-1]} at O0"]
+    told = subprocess.run(
+        [sys.executable, "-c", "from vgen import plan; print(plan.effort())"], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"JAX_OPTIMIZATION_LEVEL": "O0"},
+    )  # fmt: skip
+    assert told.stdout.strip() == "O0", told.stderr
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_names_a_slice_that_its_batches_divide_over(path):
     """Its published scale, on as many devices as the slice has; nothing is compiled."""
@@ -219,7 +233,8 @@ def test_every_config_names_a_slice_that_its_batches_divide_over(path):
 # The published parameters of what is trained, as the configs have them; a config of every family.
 PLANNED = {
     "muse/base": (3.0e9, 3.5e9), "dit/dit": (675e6, 676e6), "mae/mae": (329e6, 330e6), "clip/clip": (149e6, 151e6),
-    "maskgit/generator": (170e6, 230e6), "dalle/prior": (11e9, 13e9), "sam/sam": (640e6, 642e6),
+    "ddpm/unet": (35e6, 37e6), "maskgit/generator": (170e6, 230e6), "maskgit/tokenizer": (54e6, 60e6),
+    "dalle/prior": (11e9, 13e9), "sam/sam": (640e6, 642e6),
 }  # fmt: skip
 
 

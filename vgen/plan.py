@@ -276,6 +276,13 @@ def plan_stage(run: Run, name: str, target: Target) -> dict[str, Any]:
     return found
 
 
+def effort() -> str:
+    """How hard XLA was told to try, "O0" to "O3" by JAX_OPTIMIZATION_LEVEL; "" where nobody said."""
+    level = getattr(jax.config, "jax_optimization_level", "UNKNOWN")
+    level = getattr(level, "name", level)
+    return "" if level == "UNKNOWN" else level
+
+
 def plan(config, workdir, target: Target, stages: Sequence[str] = ()) -> dict[str, Any]:
     """The report on a config: {"target", "mesh", "train": {stage: ...}, "sample": {stage: ...}, "fits"}.
 
@@ -289,6 +296,8 @@ def plan(config, workdir, target: Target, stages: Sequence[str] = ()) -> dict[st
     }  # fmt: skip
     if target.chip:
         report["target"] |= dataclasses.asdict(target.chip)
+    if level := effort():
+        report["target"]["optimization_level"] = level
     for name in stages or run.config.order:
         if run.train_config(name).steps:
             report["train"][name] = plan_stage(run, name, target)
@@ -369,6 +378,9 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     mesh = ", ".join(f"{axis} {ways}" for axis, ways in report["mesh"].items())
     target = report["target"]
     yield f"{report['config']}:{report['scale']} on {target['topology']}, {target['devices']} devices ({mesh})"
+    if level := target.get("optimization_level"):
+        yield f"compiled at JAX_OPTIMIZATION_LEVEL={level}: by default the compiler tries more, and finds programs that"
+        yield "take less memory and time"
     for kind in ("train", "sample"):
         for name, found in report[kind].items():
             yield from _told(kind, name, found, target.get("memory"))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from vgen import trees
+from vgen import platform, trees
 from vgen.types import Context
 
 
@@ -33,10 +33,13 @@ def gradients(task: Any, batch: Mapping[str, Any], step: int = 0) -> tuple[Calla
 def count(function: Callable[..., Any], *arguments: Any, steps: int | None = None) -> float:
     """Operations of one call; arguments: arrays, or their shape structs.
 
-    XLA counts the body of a loop once: what a scan repeats is counted as often as it runs.
+    XLA counts the body of a loop once: what a scan repeats is counted as often as it runs.  A kernel that is written for
+    an accelerator says nothing: what is counted is the formula, as the processor computes it.
     steps: how often a loop runs whose length is not in the program.  Raises ValueError for one without it.
     """
-    return _count(jax.make_jaxpr(function)(*arguments), steps)
+    with platform.target("cpu"):
+        program = jax.make_jaxpr(function)(*arguments)
+    return _count(program, steps)
 
 
 def _count(program: core.ClosedJaxpr, steps: int | None) -> float:

@@ -118,4 +118,4 @@ def _row(name: str, report: Mapping[str, Any], kind: str, stage: str, found: Map
     yield f"{seconds['step'] * 1e3:,.0f} ({bound})" if seconds else ""
     yield f"{found['images_per_second']:,.0f}" if "images_per_second" in found else ""
     yield f"{found['chip_hours']:,.0f}" if "chip_hours" in found else ""
-    yield f"{found['compile_seconds']:.0f} s"
+    yield f"{found['compile_seconds']:.0f} s" + (f" at {level}" if (level := place.get("optimization_level")) else "")

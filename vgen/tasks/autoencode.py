@@ -244,7 +244,8 @@ class Autoencode:
         loss = gan.hinge_d if self.gan_loss == "hinge" else gan.nonsaturating_d
         on_real = self.discriminator.apply({"params": params}, real)
         on_fake = self.discriminator.apply({"params": _moved(params, on_real.updates)}, fake)
-        value = loss(on_real.logits, on_fake.logits)
+        wide = jnp.promote_types(on_real.logits.dtype, jnp.float32)
+        value = loss(on_real.logits.astype(wide), on_fake.logits.astype(wide))
         if self.r1:
             logits = lambda y: self.discriminator.apply({"params": params}, y).logits
             value = value + self.r1 * gan.r1_penalty(logits, real)
