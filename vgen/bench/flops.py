@@ -33,8 +33,8 @@ def gradients(task: Any, batch: Mapping[str, Any], step: int = 0) -> tuple[Calla
 def count(function: Callable[..., Any], *arguments: Any, steps: int | None = None) -> float:
     """Operations of one call; arguments: arrays, or their shape structs.
 
-    XLA counts the body of a loop once: what a scan repeats is counted as often as it runs.  A kernel that is written for
-    an accelerator says nothing: what is counted is the formula, as the processor computes it.
+    XLA counts the body of a loop once: what a scan repeats is counted as often as it runs.  A kernel written for an
+    accelerator says nothing: what is counted is the formula, as the processor computes it.
     steps: how often a loop runs whose length is not in the program.  Raises ValueError for one without it.
     """
     with platform.target("cpu"):

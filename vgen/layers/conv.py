@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from vgen.layers.attention import Site, attention, keeping
 from vgen.layers.linear import linear
 from vgen.layers.transformer import modulate
+from vgen.sharding import constrain
 
 
 def group_norm(
@@ -156,7 +157,7 @@ class ResBlock(nn.Module):
 
         h = nn.swish(GroupNorm(self.groups, self.eps, self.dtype, name="norm1")(x))
         h, x = _resampled(h, self.resample), _resampled(x, self.resample)
-        h = conv("conv1", self.kernel)(h)
+        h = constrain(conv("conv1", self.kernel)(h))
         if emb is not None and self.injection == "add":
             h = h + linear(self.channels, dtype=self.dtype, name="time")(nn.swish(emb))[:, None, None]
         h = GroupNorm(self.groups, self.eps, self.dtype, name="norm2")(h)
@@ -165,13 +166,13 @@ class ResBlock(nn.Module):
         h = nn.Dropout(self.dropout, deterministic=not train)(nn.swish(h))
         h = conv("conv2", self.kernel, **(dict(kernel_init=nn.initializers.zeros) if self.zero else {}))(h)
         if x.shape[-1] == self.channels:
-            return x + h
+            return constrain(x + h)
         if self.shortcut == "input":
-            return conv("shortcut", 1)(x) + h
+            return constrain(conv("shortcut", 1)(x) + h)
         if self.shortcut == "branch":
             # QUIRK: MaskGIT's ResBlock projects the branch instead of the input (google-research/maskgit,
             # nets/vqgan_tokenizer.py), so its 1x1 kernel is [1, 1, channels, channels]. Tested in vqgan_test.py.
-            return conv("shortcut", 1)(h) + h
+            return constrain(conv("shortcut", 1)(h) + h)
         raise ValueError(f"ResBlock shortcut: got {self.shortcut!r}, accepted: 'input', 'branch'")
 
 
@@ -248,7 +249,7 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-        return nn.Conv(x.shape[-1], (3, 3), dtype=self.dtype, name="conv")(nearest_upsample(x))
+        return constrain(nn.Conv(x.shape[-1], (3, 3), dtype=self.dtype, name="conv")(nearest_upsample(x)))
 
 
 class SpatialAttention(nn.Module):

@@ -64,12 +64,13 @@ class LPIPS(nn.Module):
         """
         if min(x.shape[1:3]) < 16:
             raise ValueError(f"LPIPS: images {x.shape} must be at least 16 pixels on a side; resize them")
-        images = jnp.concatenate([x, y])  # one pass of the network
+        # One pass of the network, the two of a pair side by side: a batch that is split over devices stays where it is.
+        images = jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:])
         images = (images - jnp.asarray(SHIFT, images.dtype)) / jnp.asarray(SCALE, images.dtype)
         differences = []
         for m in VGG16(self.dtype, name="vgg")(images):
-            a, b = jnp.split(_unit(m.astype(jnp.promote_types(m.dtype, jnp.float32))), 2)
-            differences.append(jnp.square(a - b))
+            pairs = _unit(m.astype(jnp.promote_types(m.dtype, jnp.float32))).reshape(-1, 2, *m.shape[1:])
+            differences.append(jnp.square(pairs[:, 0] - pairs[:, 1]))
         return _Heads(name="lin")(differences)
 
 

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from vgen.layers.conv import BatchNorm, GroupNorm
+from vgen.sharding import constrain
 
 normal_init = nn.initializers.normal(0.02)  # as in pix2pix
 
@@ -46,10 +47,11 @@ class NLayerDiscriminator(nn.Module):
             raise ValueError(f"NLayerDiscriminator norm: got {self.norm!r}, accepted: 'batch', 'group', 'none'")
 
         def conv(i, channels, stride, bias):
-            return nn.Conv(
+            layer = nn.Conv(
                 channels, (4, 4), stride, padding=1, use_bias=bias, kernel_init=normal_init, dtype=self.dtype,
                 name=f"conv_{i}",
             )  # fmt: skip
+            return lambda x: constrain(layer(x))
 
         updates = {}
         x = nn.leaky_relu(conv(0, self.channels, 2, True)(images), 0.2)

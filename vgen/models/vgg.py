@@ -6,6 +6,8 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from vgen.sharding import constrain
+
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
@@ -25,6 +27,6 @@ class VGG16(nn.Module):
             if block > 1:
                 x = nn.max_pool(x, (2, 2), (2, 2))
             for i, width in enumerate(widths, 1):
-                x = jax.nn.relu(nn.Conv(width, (3, 3), dtype=self.dtype, name=f"conv{block}_{i}")(x))
+                x = constrain(jax.nn.relu(nn.Conv(width, (3, 3), dtype=self.dtype, name=f"conv{block}_{i}")(x)))
             maps.append(x)
         return tuple(maps)
