@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from tests.conftest import quick_compilation
+from vgen import platform
 from vgen.bench import claims, flops
 from vgen.bench.__main__ import main
 from vgen.config import UserError
+from vgen.layers.attention import attention
 
 SHAPE = claims.floats(16, 16)
 ONE = 2 * 16**3  # of a product
@@ -49,6 +51,16 @@ def check(only, out):
             assert row[kind]["over"] > 0 and row[kind]["ratio"] == row[kind]["over"] / row[kind]["under"]
     assert told["runs"] == 1 and told["scale"] == told["operations_at"] == "tiny"
     return {row["claim"]: row["operations"]["ratio"] for row in told["rows"]}
+
+
+def test_a_kernel_counts_as_its_formula():
+    """What is planned for a TPU has attention as a kernel, of which XLA knows nothing, and the processor has none."""
+    q = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+    here = flops.count(attention, q, q, q)
+    attend = lambda q, k, v: attention(q, k, v)
+    with platform.target("tpu", "TPU v4"):
+        assert "pallas_call" in str(jax.make_jaxpr(attend)(q, q, q))
+        assert flops.count(attend, q, q, q) == here >= 2 * 2 * 1024**2 * 2 * 64
 
 
 def test_the_table_of_one_claim(tmp_path):

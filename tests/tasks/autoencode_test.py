@@ -1,5 +1,7 @@
 """The tokenizer's objective: one backward pass gives what plain differentiation gives; views and buffers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,18 @@ def test_one_backward_pass_equals_plain_differentiation(step):
         for path, leaf in trees.flatten(want).items():
             np.testing.assert_allclose(trees.flatten(got)[path], leaf, rtol=2e-3, atol=2e-6, err_msg=f"{group} {path}")
         np.testing.assert_allclose(value(params, group), jax.jit(plain)(params), rtol=1e-5)
+
+
+def test_a_discriminator_in_bfloat16_has_its_loss_in_float32():
+    """As before it begins; published scales have it so."""
+    task = Autoencode(model=MODEL, discriminator=DISCRIMINATOR, perceptual=0.0, gan_start=3)
+    half = dataclasses.replace(task, discriminator=DISCRIMINATOR.clone(dtype=jnp.bfloat16))
+    params, x = params_of(task), image_ops.to_float(BATCH["image"])
+    found = jax.eval_shape(lambda params: half.losses(params, Context(jnp.int32(0)), BATCH, KEY), params)
+    assert found["disc"].value.dtype == jnp.float32
+    wide, narrow = (each._discriminate(params["discriminator"], x, -x) for each in (task, half))
+    assert narrow.value.dtype == jnp.float32
+    np.testing.assert_allclose(narrow.value, wide.value, rtol=0.02)
 
 
 def test_adaptive_weight_is_the_ratio_of_last_layer_gradients():
