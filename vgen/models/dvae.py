@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from vgen.layers.conv import nearest_upsample
+from vgen.sharding import constrain
 
 DALL_E = dict(channels=256, blocks=2, num_codes=8192, decoder_stem=128)
 GROUPS = 4  # resolutions of each half, as published
@@ -71,10 +72,10 @@ class ResBlock(nn.Module):
     def __call__(self, x: Float[Array, "b h w _"]) -> Float[Array, "b h w c"]:
         h, widths = x, (self.channels // 4,) * 3 + (self.channels,)
         for i, (size, width) in enumerate(zip(self.kernels, widths, strict=True), 1):
-            h = nn.Conv(width, (size, size), dtype=self.dtype, name=f"conv{i}")(nn.relu(h))
+            h = constrain(nn.Conv(width, (size, size), dtype=self.dtype, name=f"conv{i}")(nn.relu(h)))
         if x.shape[-1] != self.channels:
             x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="shortcut")(x)
-        return x + self.gain * h
+        return constrain(x + self.gain * h)
 
 
 class _Half(nn.Module):
@@ -95,7 +96,8 @@ class _Half(nn.Module):
         return x
 
     def conv(self, channels, size, name):
-        return nn.Conv(channels, (size, size), dtype=self.dtype, name=name)
+        layer = nn.Conv(channels, (size, size), dtype=self.dtype, name=name)
+        return lambda x: constrain(layer(x))
 
 
 class DVAEEncoder(_Half):

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from vgen.layers.conv import BatchNorm
 from vgen.layers.quantize import VectorQuantizer
 from vgen.models.vqgan import Tokenizer
+from vgen.sharding import constrain
 
 LAYOUTS = ("paper", "sonnet", "batch_norm")
 SONNET = dict(channels=128, hidden=32, code_dim=64, num_codes=512, layout="sonnet")  # of DeepMind's example
@@ -40,7 +41,7 @@ class _Half(nn.Module):
         return self.channels >> narrower
 
     def conv(self, x, channels, size, name):
-        return nn.Conv(channels, (size, size), dtype=self.dtype, name=name)(x)
+        return constrain(nn.Conv(channels, (size, size), dtype=self.dtype, name=name)(x))
 
     def norm(self, x, name):
         """Normalised by running statistics, in the layout that has them."""
@@ -76,7 +77,7 @@ class Encoder(_Half):
             )
         x = images
         for i in range(self.levels):
-            x = nn.Conv(self.width(i), (4, 4), 2, padding=1, dtype=self.dtype, name=f"down_{i}")(x)
+            x = constrain(nn.Conv(self.width(i), (4, 4), 2, padding=1, dtype=self.dtype, name=f"down_{i}")(x))
             if i + 1 < self.levels:
                 x = nn.relu(self.norm(x, f"down_norm_{i}"))
         if self.layout == "sonnet":
@@ -95,7 +96,9 @@ class Decoder(_Half):
 
     @nn.compact
     def __call__(self, z: Float[Array, "b h2 w2 d"]) -> Float[Array, "b h w c"]:
-        up = lambda x, channels, name: nn.ConvTranspose(channels, (4, 4), (2, 2), dtype=self.dtype, name=name)(x)
+        up = lambda x, channels, name: constrain(
+            nn.ConvTranspose(channels, (4, 4), (2, 2), dtype=self.dtype, name=name)(x)
+        )
         narrow = self.code_dim is not None or self.layout == "sonnet"
         x = self.conv(z, self.channels, 3, "conv_in") if narrow else z
         x = nn.relu(self.residual(x))
