@@ -96,7 +96,7 @@ def tiny_run(tiny_runs):
 
 @pytest.fixture(scope="session")
 def gs():
-    """gs://runs, a bucket of an emulator in this process, for it and those that it starts."""
+    """gs://runs, a bucket of an emulator in this process: the environment of those that use it, which is set here."""
     import logging
     import socket
     import socketserver
@@ -114,8 +114,9 @@ def gs():
         "TENSORSTORE_GCS_HTTP_URL": f"http://localhost:{port}",
         "STORAGE_EMULATOR_HOST": f"http://localhost:{port}",
     }
-    os.environ.update(where | {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"})  # of buckets with folders
-    yield
+    where["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # of buckets with folders
+    os.environ.update(where)
+    yield where
     server.stop()
 
 

@@ -506,10 +506,10 @@ def test_processes_with_disks_of_their_own_share_a_bucket(runs, gs, start, tmp_p
     """As machines of a pod do: each writes its part of a checkpoint to gs://, and one process goes on from there."""
     url = f"gs://runs/{tmp_path.name}"
     flags = (CONFIG, f"--workdir={url}", "--config.mesh.fsdp=2", noting(tmp_path))
-    job = start(2, *flags, "--stage=first", VGEN_SCRATCH=f"{tmp_path}/disk-PROCESS")
+    job = start(2, *flags, "--stage=first", VGEN_SCRATCH=f"{tmp_path}/disk-PROCESS", **gs)
     assert job.wait(180) == [0, 0], job.err()
     assert (tmp_path / "disk-1").is_dir() and not list(tmp_path.glob("disk-1/*/first/metrics.jsonl"))
-    job = start(1, *flags, VGEN_SCRATCH=f"{tmp_path}/third")
+    job = start(1, *flags, VGEN_SCRATCH=f"{tmp_path}/third", **gs)
     assert job.wait(180) == [0], job.err()
     disk, one = next((tmp_path / "third").iterdir()), runs[1][0]
     for stage in STAGES:
