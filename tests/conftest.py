@@ -100,14 +100,25 @@ def gs():
     import logging
     import socket
     import socketserver
+    import threading
+    from http import server as http
 
-    from gcp_storage_emulator.server import create_server
+    from gcp_storage_emulator.server import RequestHandler, create_server
 
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     server = create_server("localhost", port, in_memory=True, default_bucket="runs")
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # each file that is looked for and not there
+    http.HTTPServer = http.ThreadingHTTPServer  # a client that says nothing would keep the others waiting
+    one = threading.Lock()  # it is made for one request at a time
+    for name in ("do_GET", "do_POST", "do_PUT", "do_DELETE", "do_PATCH"):
+
+        def alone(handler, answer=getattr(RequestHandler, name)):
+            with one:
+                answer(handler)
+
+        setattr(RequestHandler, name, alone)
     socketserver.TCPServer.handle_error = lambda *_: None  # each client that hangs up
     server.start()
     where = {

@@ -502,6 +502,7 @@ def test_the_launch_script_itself(tmp_path):
     assert (tmp_path / "run" / "first" / "eval.json").is_file()
 
 
+@pytest.mark.slow
 def test_processes_with_disks_of_their_own_share_a_bucket(runs, gs, start, tmp_path):
     """As machines of a pod do: each writes its part of a checkpoint to gs://, and one process goes on from there."""
     url = f"gs://runs/{tmp_path.name}"
