@@ -112,13 +112,16 @@ def gs():
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # each file that is looked for and not there
     http.HTTPServer = http.ThreadingHTTPServer  # a client that says nothing would keep the others waiting
     one = threading.Lock()  # it is made for one request at a time
-    for name in ("do_GET", "do_POST", "do_PUT", "do_DELETE", "do_PATCH"):
 
-        def alone(handler, answer=getattr(RequestHandler, name)):
+    def alone(answer):
+        def run(handler):
             with one:
                 answer(handler)
 
-        setattr(RequestHandler, name, alone)
+        return run
+
+    for name in ("do_GET", "do_POST", "do_PUT", "do_DELETE", "do_PATCH"):
+        setattr(RequestHandler, name, alone(getattr(RequestHandler, name)))
     socketserver.TCPServer.handle_error = lambda *_: None  # each client that hangs up
     server.start()
     where = {
