@@ -504,7 +504,11 @@ def test_the_launch_script_itself(tmp_path):
 
 @pytest.mark.slow
 def test_processes_with_disks_of_their_own_share_a_bucket(runs, gs, start, tmp_path):
-    """As machines of a pod do: each writes its part of a checkpoint to gs://, and one process goes on from there."""
+    """As machines of a pod do: each writes its part of a checkpoint to gs://, and one process goes on from there.
+
+    The emulator ignores ifGenerationMatch, on which tensorstore builds; on a busy machine it fails for that or for
+    answers without a generation.
+    """
     url = f"gs://runs/{tmp_path.name}"
     flags = (CONFIG, f"--workdir={url}", "--config.mesh.fsdp=2", noting(tmp_path))
     job = start(2, *flags, "--stage=first", VGEN_SCRATCH=f"{tmp_path}/disk-PROCESS", **gs)
