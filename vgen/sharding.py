@@ -114,8 +114,8 @@ def constrain(x: jax.Array) -> jax.Array:
     """Pin an activation [batch, tokens or rows, ...] to the current mesh; identity without one.
 
     Its first axis is split over data and fsdp, its second, where there are three or more, over sequence, each if it
-    divides.  Called at block edges, so that the compiler gathers parameters rather than activations; and of a split
-    sequence the keys and values, or the rows at the edge of a convolution, rather than everything.
+    divides.  Called at block edges and behind convolutions, so that the compiler gathers parameters, not activations;
+    and of a split sequence the keys and values, or the rows at the edge of a convolution, rather than everything.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or "data" not in mesh.axis_names:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vgen.config import UserError, to_json
+from vgen.config import UserError, brief, to_json
 from vgen.convert.show import size
 from vgen.hlo import COLLECTIVES
 from vgen.plan import changed, plan, target
@@ -46,9 +46,8 @@ def table(folder: str, only: str = "", scale: str = "paper", out: str = "", topo
             some = [] if len(stages) == len(config.order) else stages
             reports[name] = plan(config, "nowhere", target(topology or config.topology), some)
         except UserError as error:
-            yield f"| {name} | {topology or config.topology} | | {' '.join(str(error).split())} |" + " |" * (
-                len(HEAD) - 4
-            )
+            cells = [name, topology or config.topology, "", brief(error, 1000), *[""] * (len(HEAD) - 4)]
+            yield "| " + " | ".join(cells) + " |"
             continue
         for kind in ("train", "sample"):
             for stage, found in reports[name][kind].items():
