@@ -195,8 +195,9 @@ def test_the_table_of_all_plans(tmp_path, capsys, monkeypatch):
         list(written) == ["a"]
         and rows[2][4] == f"{written['a']['train']['first']['parameters']['trained'] / 1e6:,.0f} + 0 frozen"
     )
-    assert bench_main(["plan", f"--configs={tmp_path}", "--only=a/sec"]) == 0
-    assert [line.split("|")[4].strip() for line in capsys.readouterr().out.splitlines()[2:]] == ["second"]
+    for only, found in (("second$", ["second"]), ("sampled", ["second, sampled"]), ("irs", ["first"])):
+        assert bench_main(["plan", f"--configs={tmp_path}", f"--only=a/.*{only}"]) == 0
+        assert [line.split("|")[4].strip() for line in capsys.readouterr().out.splitlines()[2:]] == found
     assert bench_main(["plan", f"--configs={tmp_path}", "--scale=mini"]) == 2
     assert "names a slice" in capsys.readouterr().err
     assert bench_main(["plan", f"--configs={tmp_path}", f"--out={tmp_path}/none/all.json"]) == 2

@@ -283,10 +283,10 @@ def effort() -> str:
     return "" if level == "UNKNOWN" else level
 
 
-def plan(config, workdir, target: Target, stages: Sequence[str] = ()) -> dict[str, Any]:
+def plan(config, workdir, target: Target, stages: Sequence[str] = (), sampled: Sequence[str] = ()) -> dict[str, Any]:
     """The report on a config: {"target", "mesh", "train": {stage: ...}, "sample": {stage: ...}, "fits"}.
 
-    stages: only the training of these.
+    stages, sampled: only the training, and the sampling, of these; all where both are empty.
     """
     run = Run(config, workdir, devices=list(target.devices))
     report: dict[str, Any] = {
@@ -298,12 +298,16 @@ def plan(config, workdir, target: Target, stages: Sequence[str] = ()) -> dict[st
         report["target"] |= dataclasses.asdict(target.chip)
     if level := effort():
         report["target"]["optimization_level"] = level
-    for name in stages or run.config.order:
+    if not (stages or sampled):
+        stages, sampled = run.config.order, run.config.generate.get("stages", ())
+    for name in stages:
         if run.train_config(name).steps:
             report["train"][name] = plan_stage(run, name, target)
-    if run.config.generate and not stages:
+    if sampled:
         with jax.sharding.use_abstract_mesh(run.mesh.abstract_mesh), aimed(target):
             for name, function, arguments in sample_steps(run):
+                if name not in sampled:
+                    continue
                 knobs = run.config.generate.get("knobs", {}).get(name, {})
                 report["sample"][name], _ = measured(function, arguments, target, knobs.get("steps", 1))
     programs = [*report["train"].values(), *report["sample"].values()]

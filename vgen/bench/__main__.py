@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     claims.add_argument("--scale", default="mini", choices=scales, help="of the times (default: %(default)s)")
     claims.add_argument("--out", default="", help="a file for all numbers, as JSON")
     plans = suites.add_parser("plan", help="what every config takes of its slice, compiled ahead of time (extra tpu)")
-    plans.add_argument("--only", default="", help="regular expression of CONFIG/STAGE")
+    plans.add_argument("--only", default="", help="regular expression of 'CONFIG/STAGE' and 'CONFIG/STAGE, sampled'")
     plans.add_argument("--scale", default="paper", help="of the configs (default: %(default)s)")
     plans.add_argument("--topology", default="", help="a slice in the place of the configs' own")
     plans.add_argument("--configs", default="configs", help="folder of the configs (default: %(default)s)")

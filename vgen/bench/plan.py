@@ -23,8 +23,8 @@ HEAD = ("config", "slice", "mesh", "stage", "million parameters", "a device hold
 def table(folder: str, only: str = "", scale: str = "paper", out: str = "", topology: str = "") -> Iterator[str]:
     """Rows of a Markdown table, a stage each, as they are done; a config that trains what another did is named with it.
 
-    folder: of the config files.  only: regular expression of CONFIG/STAGE; where it leaves out stages, sampling is not
-    planned either.  topology: in the place of the configs' own.  out: a file for the whole reports, as JSON, or "".
+    folder: of the config files.  only: regular expression of "CONFIG/STAGE" for training, "CONFIG/STAGE, sampled" for
+    sampling.  topology: in the place of the configs' own.  out: a file for the whole reports, as JSON, or "".
     Raises UserError where nothing is left, or `out` cannot be written.
     """
     cases = list(configs(folder, only, scale, topology))
@@ -42,9 +42,7 @@ def table(folder: str, only: str = "", scale: str = "paper", out: str = "", topo
             yield f"| {name} | | | is trained as {same} |" + " |" * (len(HEAD) - 4)
             continue
         try:
-            stages = [stage for stage in config.order if re.search(only, f"{name}/{stage}")]
-            some = [] if len(stages) == len(config.order) else stages
-            reports[name] = plan(config, "nowhere", target(topology or config.topology), some)
+            reports[name] = plan(config, "nowhere", target(topology or config.topology), *_asked(name, config, only))
         except UserError as error:
             cells = [name, topology or config.topology, "", brief(error, 1000), *[""] * (len(HEAD) - 4)]
             yield "| " + " | ".join(cells) + " |"
@@ -70,9 +68,15 @@ def configs(folder: str, only: str, scale: str, topology: str = "") -> Iterator[
         if scale not in module.get("SCALES", ()):
             continue
         config = module["get_config"](scale)
-        matches = any(re.search(only, f"{path.stem}/{stage}") for stage in config.order)
-        if matches and (topology or config.get("topology")):
+        if any(_asked(path.stem, config, only)) and (topology or config.get("topology")):
             yield path.stem, config
+
+
+def _asked(name: str, config: Any, only: str) -> tuple[list[str], list[str]]:
+    """The stages whose training, and whose sampling, match."""
+    drawn = (config.get("generate") or {}).get("stages", ())
+    trained = [stage for stage in config.order if re.search(only, f"{name}/{stage}")]
+    return trained, [stage for stage in drawn if re.search(only, f"{name}/{stage}, sampled")]
 
 
 def scaling(config: Any, stage: str, counts: Sequence[int] = (1, 2, 4, 8)) -> Iterator[str]:
