@@ -1,7 +1,10 @@
 """Checkpoints: what is in them, how many stay, what happens to damaged ones, and that going on changes nothing."""
 
 import json
+import logging
 import shutil
+import sys
+import types
 
 import jax
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 from tests.toy import FEATURES, Linear, Stream, settings, train
 from vgen import sharding
 from vgen import state as states
-from vgen.checkpoint import Checkpoints
+from vgen.checkpoint import Checkpoints, spare_tracebacks
 from vgen.config import UserError
 from vgen.train import Stopped, build_optimizers
 
@@ -167,3 +170,19 @@ def test_a_save_that_was_cut_off_is_not_seen(whole, copy):
 
 def test_nothing_to_restore(tmp_path):
     assert Checkpoints(tmp_path).weights() is None
+
+
+def test_command_lines_print_no_tracebacks_of_threads(monkeypatch, caplog):
+    """Of what is raised to them anyway; whatever else goes wrong beside is shown as ever."""
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    monkeypatch.setattr(logging.getLogger("absl"), "filters", [])
+    spare_tracebacks.__wrapped__()
+    closed, other = RuntimeError("Event loop is closed"), RuntimeError("another one")
+    for error in (closed, other, ValueError("Event loop is closed")):
+        sys.unraisablehook(types.SimpleNamespace(exc_type=type(error), exc_value=error))
+    assert [str(each.exc_value) for each in shown] == ["another one", "Event loop is closed"]
+    log = logging.getLogger("absl")
+    log.error("told")
+    log.error("raised in a thread", exc_info=other)
+    assert [record.getMessage() for record in caplog.records] == ["told"]

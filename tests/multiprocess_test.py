@@ -454,6 +454,23 @@ def test_mistakes_end_all_processes_with_one_sentence(start, tmp_path):
         assert len(told) == 1 and told[0].startswith("vgen: ") and sentence in told[0], job.err()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_checkpoint_that_cannot_be_written_ends_all(start, tmp_path, processes):
+    """One of them may write small files alone: the others, which wait for its part, do not wait for long."""
+    config = tmp_path / "full.py"
+    config.write_text(
+        "import os, resource\nfrom tests.toy_config import get_config as toy\ndef get_config():\n"
+        f"    if os.environ['VGEN_PROCESS_ID'] == '{processes - 1}':\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "    return toy('long')\n"
+    )
+    job = start(processes, f"--config={config}", f"--workdir={tmp_path}/run", "--config.mesh.fsdp=2")
+    assert job.wait(60) == [2] * processes, job.err()
+    told = f"cannot write a checkpoint to {tmp_path}/run/first/checkpoints: "
+    assert job.err().count(told) == 1 and "too large" in job.err() and "Traceback" not in job.err(), job.err()
+    assert not steps(tmp_path / "run")
+
+
 TOGETHER = """
 import os, sys, time
 import jax, numpy as np

@@ -6,6 +6,7 @@ writes the same without the latter: such a bucket has checksums of its own.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -13,7 +14,8 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
+from concurrent.futures import wait as first_of
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,25 @@ from vgen.hosts import everyone, in_turn
 from vgen.state import State
 
 _ARGS = ocp.args
+
+
+class _Manager(ocp.CheckpointManager):
+    """Tells at once where this process could not write.
+
+    Orbax's thread finds out, and before it raises it waits up to ten minutes for the other processes, which wait for
+    this one's part.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self.failed: Future = Future()
+        super().__init__(*args, **kwargs)
+
+    def _wait_for_checkpointers(self):
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.failed.set_exception(error)
+            raise
 
 
 class Checkpoints:
@@ -58,7 +79,7 @@ class Checkpoints:
         self.folder = place / "checkpoints"
         self._bucket, self._copied, self._keep = None if self._native else bucket, set(), 2 if read_only else keep
         self.meta, self.warn, self.read_only = dict(meta or {}), warn, read_only
-        self._thread, self._sealing = ThreadPoolExecutor(1, "seal"), None
+        self._threads, self._sealing = ThreadPoolExecutor(2, "seal"), None
         if self._bucket:
             with in_turn():
                 self._fetch()
@@ -69,7 +90,7 @@ class Checkpoints:
                 max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True, create=True
             )
         with quiet():  # orbax warns that read_only is read_only
-            self.manager = ocp.CheckpointManager(self.folder, options=options)
+            self.manager = _Manager(self.folder, options=options)
 
     def steps(self) -> list[int]:
         """The complete steps on disk, oldest first."""
@@ -96,14 +117,18 @@ class Checkpoints:
                 meta=_ARGS.JsonSave({**self.meta, "data": position, "average": bool(state.ema), "shapes": shapes}),
             ),
         )
-        self._sealing = self._thread.submit(self._finish)
+        self._sealing = self._threads.submit(self._finish)
 
     def wait(self) -> None:
-        """Block until everything is on disk, and sealed with checksums."""
+        """Block until everything is on disk, and sealed with checksums; UserError where it could not be written."""
         self._sealing.result() if self._sealing else self._finish()
 
     def _finish(self) -> None:
-        self.manager.wait_until_finished()
+        written = self._threads.submit(self.manager.wait_until_finished)
+        ended = first_of((written, self.manager.failed), return_when=FIRST_COMPLETED).done
+        for error in filter(None, (each.exception() for each in ended)):
+            told = f"cannot write a checkpoint to {self.folder}: {brief(error, 600)}"
+            raise UserError(f"{told}; once that is mended, the same command goes on from the last whole one") from error
         if jax.process_index() == 0 and not self.read_only:
             for step in () if self._native else self.steps():
                 if not self._seal(step).exists():
@@ -180,7 +205,7 @@ class Checkpoints:
     def close(self) -> None:
         """Wait; UserError where the bucket has not got all checkpoints."""
         self.wait()
-        self._thread.shutdown()
+        self._threads.shutdown()
         missing = set(self.steps()) - self._copied if self._bucket and jax.process_index() == 0 else ()
         self.manager.close()
         if missing and not self.read_only:
@@ -256,6 +281,19 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+@functools.cache
+def spare_tracebacks() -> None:
+    """For command lines: what fails in orbax's and tensorstore's threads is raised by `Checkpoints`, and told once."""
+    logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
+    shown = sys.unraisablehook
+
+    def hook(each):
+        if not (each.exc_type is RuntimeError and str(each.exc_value) == "Event loop is closed"):  # of other arrays
+            shown(each)
+
+    sys.unraisablehook = hook
 
 
 def _split(state: State) -> dict[str, Any]:

@@ -115,6 +115,7 @@ def _run(options: flags.FlagValues) -> int:
         return 0
     import jax
 
+    from vgen.checkpoint import spare_tracebacks
     from vgen.stages import Run
 
     if options.compilation_cache:
@@ -125,6 +126,7 @@ def _run(options: flags.FlagValues) -> int:
     emulate_devices(options.cpu_devices)
     run = Run(options.config, options.workdir)
     if options.mode == "train":
+        spare_tracebacks()
         run.claim()
         return _train(run, options)
     if jax.process_count() > 1:
