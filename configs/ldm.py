@@ -131,7 +131,7 @@ def _paper():
         evaluate=dict(split="heldout", batches=32),
     )  # fmt: skip
     text = dict(target="vgen.models.text:TextTransformer", length=77, vocab=30_522, depth=32, width=1280, heads=8,
-                mlp_dim=5120, dtype="bfloat16")  # fmt: skip
+                mlp_dim=5120, remat="full", dtype="bfloat16")  # fmt: skip
     network = dict(target="vgen.models.unet:UNet", widths=(320, 640, 1280, 1280), attention=(1, 1, 1, 0), heads=8,
                    context_dim=1280, remat="full", dtype="bfloat16")  # fmt: skip
     unet = dict(
@@ -143,7 +143,8 @@ def _paper():
         evaluate=dict(split="heldout", batches=16),
     )  # fmt: skip
     return dict(
-        stages=dict(vae=vae, unet=unet), order=("vae", "unet"), mesh=dict(data=-1, fsdp=8), topology="v4:2x2x1",
+        stages=dict(vae=vae, unet=unet), order=("vae", "unet"),
+        mesh=dict(data=-1, fsdp=8, sequence=4), topology="v4:2x4x2",  # 680 divides by 8 and no further: rows by 4
         text=recipes.bpe(length=77, vocab_size=30_522),
         generate=recipes.generate("unet", batch_size=16, steps=250, guidance_scale=1.5, strength=0.6),
         prompts=recipes.PROMPTS,

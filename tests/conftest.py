@@ -101,27 +101,42 @@ def gs():
     import socket
     import socketserver
     import threading
+    from http import HTTPStatus
     from http import server as http
 
-    from gcp_storage_emulator.server import RequestHandler, create_server
+    from gcp_storage_emulator import exceptions
+    from gcp_storage_emulator import server as emulator
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    server = create_server("localhost", port, in_memory=True, default_bucket="runs")
-    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # each file that is looked for and not there
-    http.HTTPServer = http.ThreadingHTTPServer  # a client that says nothing would keep the others waiting
     one = threading.Lock()  # it is made for one request at a time
 
-    def alone(answer):
-        def run(handler):
+    def generations(handler):
+        """What the emulator leaves out and tensorstore builds on: generations are told, conditions on them heeded."""
+
+        def run(request, response, storage):
+            name = request.params.get("object_id") or request.query.get("name", [""])[0]
             with one:
-                answer(handler)
+                try:
+                    there = storage.get_file_obj(request.params.get("bucket_name", ""), name)["generation"]
+                except exceptions.NotFound:
+                    there = "0"
+                response["x-goog-generation"] = there
+                if request.query.get("ifGenerationMatch", [there])[0] != there:
+                    response.status = HTTPStatus.PRECONDITION_FAILED
+                elif request.query.get("ifGenerationNotMatch", [""])[0] == there:
+                    response.status = HTTPStatus.NOT_MODIFIED
+                else:
+                    handler(request, response, storage)
 
         return run
 
-    for name in ("do_GET", "do_POST", "do_PUT", "do_DELETE", "do_PATCH"):
-        setattr(RequestHandler, name, alone(getattr(RequestHandler, name)))
+    for _, handlers in emulator.HANDLERS:
+        handlers.update({method: generations(handler) for method, handler in handlers.items()})
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = emulator.create_server("localhost", port, in_memory=True, default_bucket="runs")
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # each file that is looked for and not there
+    http.HTTPServer = http.ThreadingHTTPServer  # a client that says nothing would keep the others waiting
     socketserver.TCPServer.handle_error = lambda *_: None  # each client that hangs up
     server.start()
     where = {

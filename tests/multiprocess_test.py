@@ -223,6 +223,16 @@ class Seen:
         return picture
 
 
+@dataclasses.dataclass(frozen=True)
+class Shades:
+    """How bright each picture of a system is."""
+
+    def __call__(self, system):
+        texts = [f"a blue square, {i}" for i in range(10)]  # of batches of 8: the last one is not full
+        return {"scores": {stage: {str(i): float(x.mean()) for i, x in enumerate(drawn)}
+                           for stage, drawn in system(texts, seed=1).items()}}  # fmt: skip
+
+
 def get_config(scale: str = "short"):
     """Of the toy: a stage, and one that has what it needs from there and is trained on cached features."""
     config = toy_config.get_config("short")
@@ -236,6 +246,7 @@ def get_config(scale: str = "short"):
     first.evaluate.batches = 1
     config.generate.batch_size = 8
     config.prompts = tuple(f"a red circle, {i}" for i in range(10))
+    config.eval = dict(target="tests.multiprocess_test:Shades")
     return config
 
 
@@ -345,6 +356,38 @@ def test_checkpoints_go_onto_other_meshes_and_numbers_of_processes(runs, start, 
     )
     assert told.returncode == 0, told.stderr
     assert "fsdp 2" in told.stdout and "batches 4, seen 32" in told.stdout, told.stdout
+
+
+def test_measured_by_any_number_of_processes(runs, start, tmp_path):
+    """What four have trained and measured, two measure again, and the first alone tells and writes it."""
+    trained = runs[4][0]
+    want = json.loads((trained / "eval.json").read_text())
+    assert len(set(want["scores"]["second"].values())) == 10 and set(want["stages"]) == {"first"}
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("cache"))
+    (tmp_path / "run" / "eval.json").unlink()
+    job = start(2, CONFIG, f"--workdir={tmp_path}/run", "--mode=eval", "--config.mesh.fsdp=2", noting(trained))
+    assert job.wait() == [0, 0], job.err()
+    assert json.loads((tmp_path / "run" / "eval.json").read_text()) == want
+    assert job.out(0) and not job.out(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip", "mae", "sam"])
+def test_encoders_are_measured_by_any_number_of_processes(name, start, tmp_path):
+    """Features and masks come from all devices; trained by two, measured by two and by one."""
+    flags = (f"--config=configs/{name}.py:tiny", f"--workdir={tmp_path}", "--config.mesh.fsdp=2")
+    reports = []
+    for n, mode in ((2, "train"), (2, "eval"), (1, "eval")):
+        job = start(n, *flags, f"--mode={mode}")
+        assert job.wait(600) == [0] * n, job.err()
+        reports.append(json.loads((tmp_path / "eval.json").read_text())["scores"])
+        (tmp_path / "eval.json").unlink()
+    assert reports[0]
+    for other in reports[1:]:
+        assert other.keys() == reports[0].keys()
+        for row, found in other.items():
+            for key, value in found.items():
+                np.testing.assert_allclose(value, reports[0][row][key], rtol=1e-4, atol=1e-5, err_msg=f"{row} {key}")
 
 
 def test_processes_along_tensor_read_the_same_rows(runs, start, tmp_path):
@@ -522,11 +565,7 @@ def test_the_launch_script_itself(tmp_path):
 
 @pytest.mark.slow
 def test_processes_with_disks_of_their_own_share_a_bucket(runs, gs, start, tmp_path):
-    """As machines of a pod do: each writes its part of a checkpoint to gs://, and one process goes on from there.
-
-    The emulator ignores ifGenerationMatch, on which tensorstore builds; on a busy machine it fails for that or for
-    answers without a generation.
-    """
+    """As machines of a pod do: each writes its part of a checkpoint to gs://, and one process goes on from there."""
     url = f"gs://runs/{tmp_path.name}"
     flags = (CONFIG, f"--workdir={url}", "--config.mesh.fsdp=2", noting(tmp_path))
     job = start(2, *flags, "--stage=first", VGEN_SCRATCH=f"{tmp_path}/disk-PROCESS", **gs)

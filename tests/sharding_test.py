@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from vgen.config import UserError
-from vgen.sharding import AXES, constrain, make_mesh, spec_for
+from vgen.sharding import AXES, constrain, make_mesh, rows, spec_for
 
 MESH = AbstractMesh((2, 4, 1, 2), AXES, axis_types=(AxisType.Auto,) * 4)
 
@@ -93,10 +93,19 @@ def test_constrain_is_the_identity_without_a_mesh_and_a_constraint_under_one():
     assert not odd.eqns
     with jax.sharding.use_abstract_mesh(MESH):
         pinned = jax.make_jaxpr(constrain)(x)
-        free = jax.make_jaxpr(constrain)(x[:6])  # 8 ways do not divide 6
+        less = jax.make_jaxpr(constrain)(x[:6])  # 8 ways do not divide 6
+        free = jax.make_jaxpr(constrain)(x[:5])
     assert [eqn.primitive.name for eqn in pinned.eqns] == ["sharding_constraint"]
     assert pinned.eqns[0].params["sharding"].spec == P(("data", "fsdp"), None)
+    assert less.eqns[0].params["sharding"].spec == P("data", None)
     assert not free.eqns
+
+
+def test_examples_are_split_over_as_many_devices_as_divide_them():
+    mesh, whole = (AbstractMesh((data, 4, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4) for data in (2, 1))
+    for count, axes in ((8, ("data", "fsdp")), (4, ("data",)), (6, ("data",)), (3, ()), (1, ())):
+        assert rows(mesh, count) == axes
+    assert rows(whole, 6) == () and rows(whole, 8) == ("data", "fsdp")
 
 
 @pytest.mark.parametrize(

@@ -107,10 +107,10 @@ def aimed(target: Target):
 # ----------------------------------------------------------------------------------------------------------- programs
 
 
-def batch_shapes(run: Run, name: str, count: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(run: Run, name: str, count: int | None = None, cached: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
     """What a batch of a stage's data holds, from its settings alone; count: examples, as in training by default.
 
-    All keys that the data may have are there; of a stage with a cache, its features.
+    All keys that the data may have are there; of a stage with a cache, its features, unless not `cached`.
     """
     data, stage, task = run.data_arguments(name, False), run.stage(name), run.task(name)
     b, side = count or run.train_config(name).batch_size, data["size"]
@@ -125,7 +125,7 @@ def batch_shapes(run: Run, name: str, count: int | None = None) -> dict[str, jax
         found |= {key: ((b, 2), jnp.float32) for key in ("original", "corner", "target")}
     places = sharding.batch_sharding(run.mesh)
     shapes = {key: jax.ShapeDtypeStruct(*each, sharding=places) for key, each in found.items()}
-    if not stage.cache:
+    if not (cached and stage.cache):
         return shapes
     kinds = tuple(features.check(run, name).features)
     whole = jax.eval_shape(task.init, _key(), shapes)
@@ -165,14 +165,12 @@ def sample_steps(run: Run) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """(stage, jitted function, shapes of its arguments) of what a system's generating stages run, in their order."""
     generate = run.config.generate
     batch_size = generate.get("batch_size", 16)
-    mesh, places = run.mesh, sharding.replicated(run.mesh)
-    if batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
-        places = sharding.batch_sharding(mesh)
+    places = sharding.batch_sharding(run.mesh, batch_size)
     conds: dict[str, Any] = {}
     for name in generate["stages"]:
         layout = states.Layout(run.task(name), batch_shapes(run, name), run.train_config(name).groups)
         params = trees.unflatten(_held(run, name, layout, layout.shapes))
-        told = batch_shapes(run, name, batch_size)
+        told = batch_shapes(run, name, batch_size, cached=False)
         if getattr(run.sampler(name), "writes", False):
             conds |= {"image": told["image"]}
         else:

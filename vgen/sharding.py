@@ -4,6 +4,7 @@ Axes: `data` (replicas), `fsdp` (parameters and batch are split), `sequence` (to
 between layers), `tensor` (heads and hidden widths inside a layer).  A batch is split over data and fsdp together.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -105,23 +106,33 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Axis 0 split over data and fsdp."""
-    return NamedSharding(mesh, BATCH)
+def batch_sharding(mesh: Mesh, count: int | None = None) -> NamedSharding:
+    """Axis 0 split over data and fsdp; of `count` examples, which may not divide, as `rows` says."""
+    return NamedSharding(mesh, BATCH if count is None else P(rows(mesh, count)))
+
+
+def rows(mesh: Mesh | jax.sharding.AbstractMesh, count: int) -> tuple[str, ...]:
+    """The mesh axes over which `count` examples are split: data and fsdp, or data alone, where they divide, or none."""
+    for axes in (("data", "fsdp"), ("data",)):
+        ways = math.prod(mesh.shape[axis] for axis in axes)
+        if ways > 1 and count % ways == 0:
+            return axes
+    return ()
 
 
 def constrain(x: jax.Array) -> jax.Array:
     """Pin an activation [batch, tokens or rows, ...] to the current mesh; identity without one.
 
-    Its first axis is split over data and fsdp, its second, where there are three or more, over sequence, each if it
-    divides.  Called at block edges and behind convolutions, so that the compiler gathers parameters, not activations;
+    Its first axis is split as `rows` says, its second, where there are three or more, over sequence if it divides.
+    Called at block edges and behind convolutions, so that the compiler gathers parameters, not activations;
     and of a split sequence the keys and values, or the rows at the edge of a convolution, rather than everything.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or "data" not in mesh.axis_names:
         return x
-    if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    examples = rows(mesh, x.shape[0])
+    if not examples:
         return x
     ways = mesh.shape.get("sequence", 1)
     tokens = "sequence" if ways > 1 and x.ndim > 2 and x.shape[1] % ways == 0 else None
-    return jax.lax.with_sharding_constraint(x, P(*(("data", "fsdp"), tokens, *(None,) * x.ndim)[: x.ndim]))
+    return jax.lax.with_sharding_constraint(x, P(*(examples, tokens, *(None,) * x.ndim)[: x.ndim]))

@@ -98,10 +98,8 @@ class System:
             yield np.arange(start, start + size).clip(max=n - 1), min(size, n - start)
 
     def _spread(self, x: np.ndarray) -> jax.Array:
-        """A batch on the devices, split over them where it divides."""
-        mesh = self.run.mesh
-        even = self.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
-        return jax.device_put(x, sharding.batch_sharding(mesh) if even else sharding.replicated(mesh))
+        """A batch on the devices, split over as many of them as divide it."""
+        return jax.device_put(x, sharding.batch_sharding(self.run.mesh, self.batch_size))
 
     def write(self, pictures: Sequence[np.ndarray], *, seed: int = 0, **overrides) -> list[str]:
         """What the last stage tells of each picture, uint8 [h, w, 3] of any sizes, which are made square.
