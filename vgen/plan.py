@@ -168,7 +168,7 @@ def sample_steps(run: Run) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     places = sharding.batch_sharding(run.mesh, batch_size)
     conds: dict[str, Any] = {}
     for name in generate["stages"]:
-        layout = states.Layout(run.task(name), batch_shapes(run, name), run.train_config(name).groups)
+        layout = states.Layout(run.task(name), batch_shapes(run, name, cached=False), run.train_config(name).groups)
         params = trees.unflatten(_held(run, name, layout, layout.shapes))
         told = batch_shapes(run, name, batch_size, cached=False)
         if getattr(run.sampler(name), "writes", False):
