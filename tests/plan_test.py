@@ -105,12 +105,39 @@ def test_what_is_too_large_is_said_and_helped(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "DOES NOT FIT" in out and "none fits; take more or larger devices" in out
     written = json.loads((tmp_path / "plan.json").read_text())
-    assert written["fits"] is False and written["fitting"] == {"first": None} and list(written["train"]) == ["first"]
+    assert (
+        written["fits"] is False
+        and written["fitting"] == {"train": {"first": None}, "sample": {}}
+        and list(written["train"]) == ["first"]
+    )
 
     peak = lambda config, *args, **kwargs: dict(fits=config["stages"]["first"]["train"].get("accumulate", 1) >= 4)
     monkeypatch.setattr(plan, "plan", peak)
     found = plan.fitting(get_config(), tmp_path, "first", here())
     assert found["stages.first.train.accumulate"] == 4
+
+
+def test_sampling_that_is_too_large_is_helped_by_fewer_pictures(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def peak(config, *args, stages=(), sampled=()):
+        count = config["generate"]["batch_size"]
+        asked.append((count, *sampled))
+        told = PLAN | dict(bytes=dict(peak=1.0, arguments=1.0, temporaries=0.0), compile_seconds=0.0, fits=count < 20)
+        target = dict(topology="cpu:1", devices=1)
+        return dict(config="toy", scale="short", target=target, mesh={}, train={}, sample=dict(second=told),
+                    fits=count < 20)  # fmt: skip
+
+    place = here()
+    monkeypatch.setattr(plan, "target", lambda name: place)
+    monkeypatch.setattr(plan, "plan", peak)
+    args = ["vgen", TOY, f"--workdir={tmp_path}", "--mode=plan", "--topology=cpu:1", "--config.generate.batch_size=64"]
+    assert main(args) == 3
+    assert asked == [(64,), (32, "second"), (16, "second")]
+    assert "sample second: fits with --config.generate.batch_size=16" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plan.json").read_text())["fitting"]["sample"] == {
+        "second": {"generate.batch_size": 16}
+    }
 
 
 def test_what_the_compiler_finds_no_room_for():

@@ -148,13 +148,13 @@ def _plan(options: flags.FlagValues) -> int:
     report = plan.plan(options.config, options.workdir, target, [options.stage] if options.stage else [])
     for line in plan.lines(report):
         print(line, flush=True)
-    over = [name for name, found in report["train"].items() if not found.get("fits", True)]
-    report["fitting"] = {}
-    for name in over:
-        print(f"train {name}: looking for settings that fit", flush=True)
-        found = report["fitting"][name] = plan.fitting(options.config, options.workdir, name, target)
-        told = " ".join(f"--config.{path}={value}" for path, value in (found or {}).items())
-        print(f"train {name}: {'fits with ' + told if found else 'none fits; take more or larger devices'}", flush=True)
+    report["fitting"] = {"train": {}, "sample": {}}
+    for kind, fitting in report["fitting"].items():
+        for name in (name for name, found in report[kind].items() if not found.get("fits", True)):
+            print(f"{kind} {name}: looking for settings that fit", flush=True)
+            found = fitting[name] = plan.fitting(options.config, options.workdir, name, target, kind)
+            told = " ".join(f"--config.{path}={value}" for path, value in (found or {}).items())
+            print(f"{kind} {name}: {'fits with ' + told if found else 'none fits; take more or larger devices'}")
     bucket = Bucket(options.workdir) if is_url(options.workdir) else None
     path = (bucket.folder if bucket else Path(options.workdir)) / "plan.json"
     try:

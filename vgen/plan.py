@@ -22,6 +22,7 @@ from vgen import state as states
 from vgen.bench import flops
 from vgen.config import ConfigError, UserError, brief, to_dict
 from vgen.convert.show import size
+from vgen.fields import GenerateConfig
 from vgen.stages import Run
 from vgen.train import frozen_dtype, program
 
@@ -164,7 +165,7 @@ def train_step(run: Run, name: str):
 def sample_steps(run: Run) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """(stage, jitted function, shapes of its arguments) of what a system's generating stages run, in their order."""
     generate = run.config.generate
-    batch_size = generate.get("batch_size", 16)
+    batch_size = generate.get("batch_size", GenerateConfig.batch_size)
     places = sharding.batch_sharding(run.mesh, batch_size)
     conds: dict[str, Any] = {}
     for name in generate["stages"]:
@@ -359,16 +360,28 @@ def changed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
     return config
 
 
-def fitting(config, workdir, name: str, target: Target) -> dict[str, Any] | None:
-    """The first of `changes` under which a stage's training fits a device, or None if none of TRIES does."""
+def fewer(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Settings that take less memory in sampling, {flag: value}: fewer pictures at once."""
+    count = config["generate"].get("batch_size", GenerateConfig.batch_size)
+    while count > 1:
+        count //= 2
+        yield {"generate.batch_size": count}
+
+
+def fitting(config, workdir, name: str, target: Target, kind: str = "train") -> dict[str, Any] | None:
+    """The first of `changes` (kind "sample": of `fewer`) under which a stage fits a device, or None if none of TRIES
+    does.
+    """
     config = to_dict(config)
-    for settings, _ in zip(changes(config, name, len(target.devices)), range(TRIES)):
+    asked = dict(stages=[name]) if kind == "train" else dict(sampled=[name])
+    settings = changes(config, name, len(target.devices)) if kind == "train" else fewer(config)
+    for each, _ in zip(settings, range(TRIES)):
         try:
-            report = plan(changed(config, settings), workdir, target, [name])
+            report = plan(changed(config, each), workdir, target, **asked)
         except ConfigError:  # a rule that does not divide over this mesh
             continue
         if report["fits"]:
-            return settings
+            return each
     return None
 
 
