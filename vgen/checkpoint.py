@@ -119,6 +119,11 @@ class Checkpoints:
         )
         self._sealing = self._threads.submit(self._finish)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is being written."""
+        return self._sealing is not None and not self._sealing.done()
+
     def wait(self) -> None:
         """Block until everything is on disk, and sealed with checksums; UserError where it could not be written."""
         self._sealing.result() if self._sealing else self._finish()

@@ -42,6 +42,9 @@ def test_numbers_follow_from_each_other(chip, tmp_path):
         line for line in train.told("first", found | dict(seconds=0.5, batch_size=8), target) if "a step" in line
     )
     assert "500.0 ms, 16.0 images/s" in line
+    assert found["save"] >= 0 and found["checkpoint_every"] == 4
+    told = list(train.told("first", found | dict(seconds=0.5, save=0.5, checkpoint_every=19), target))
+    assert "  a save     0.50 s more: 5.0% of the time with one every 19 steps" in told
 
 
 def test_features_are_drawn_where_a_stage_has_a_cache(chip, tmp_path):

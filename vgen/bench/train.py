@@ -1,4 +1,4 @@
-"""How fast a config's stages train on the devices at hand, and what bounds them.
+"""How fast a config's stages train on the devices at hand, what bounds them, and what a save costs.
 
 What is told to be the best possible is a roofline: the longest of computing, of memory and of the network at their full
 rates.  Those of known chips are published; a processor's are what a matrix product and a sum of vectors reach here.
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from vgen import plan, train
 from vgen import state as states
+from vgen.checkpoint import Checkpoints
 from vgen.config import UserError
 from vgen.convert.show import size
 from vgen.main import parse
@@ -97,13 +98,34 @@ def measured(run: Run, name: str, target: plan.Target, steps: int) -> dict[str, 
         jax.block_until_ready(state)
         seconds = time.perf_counter() - start
         wait = None if cached else (batches.wait_seconds - waited) / seconds
+        save, state = _save(run, state, frozen, batch, compiled, steps, seconds / steps)
     count = sum(leaf.size for leaf in state.params.values())
     peak = (run.mesh.devices.flat[0].memory_stats() or {}).get("peak_bytes_in_use") or _resident()
     found |= {"seconds": seconds / steps, "wait": wait, "peak": peak, "parameters": count}
     return found | {
+        "save": save,
+        "checkpoint_every": config.checkpoint_every or config.steps,
         "batch_size": config.batch_size,
         "roofline": plan.roofline(found, target.chip) if target.chip else {},
     }
+
+
+def _save(run: Run, state, frozen, batch, step, steps: int, seconds: float) -> tuple[float, Any]:
+    """(seconds that a save costs the steps beside it, the state after them), to a folder of this machine.
+
+    steps: that are done at least; there are more as long as it is being written.  seconds: of a step without a save.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints, done = Checkpoints(folder), 0
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        checkpoints.save(1, state)
+        while done < steps or checkpoints.busy:
+            state, done = step(state, frozen, batch)[0], done + 1
+            jax.block_until_ready(state)
+        taken = time.perf_counter() - start
+        checkpoints.close()
+    return max(taken - done * seconds, 0.0), state
 
 
 class _Drawn:
@@ -142,4 +164,7 @@ def told(name: str, found: Mapping[str, Any], target: plan.Target) -> Iterator[s
         yield f"  computing  {reached / 1e9:,.0f} of {target.chip.flops / 1e9:,.0f} GFLOP/s: {share:.0%}"
     waited = "none: features were drawn" if found["wait"] is None else f"{found['wait']:.1%} of the time waited for"
     yield f"  input      {waited}"
+    every = found["checkpoint_every"]
+    share = found["save"] / (found["save"] + every * seconds)
+    yield f"  a save     {found['save']:.2f} s more: {share:.1%} of the time with one every {every:,} steps"
     yield f"  memory     {size(found['peak'])} at most, the step's own {size(found['bytes']['peak'])}"
