@@ -78,20 +78,13 @@ def test_batches_have_the_shapes_of_the_data(name, tmp_path):
 
 
 def test_features_are_foreseen():
-    """Of a stage that trains on what its frozen encoders said: no encoder is among its parameters."""
-    config = runpy.run_path(str(ROOT / "configs" / "pixart.py"))["get_config"]("small")
-    run = Run(config, "nowhere")
-    shapes = plan.batch_shapes(run, "alignment")
-    size = config.stages.alignment.task.network.sample_size
-    assert shapes["latent_mean"].shape[:3] == (256, size, size) and "image" not in shapes and "text" in shapes
-
-
-def test_sampling_has_what_training_found_in_a_cache():
-    """PixArt's last stage is told texts that were encoded before; of pictures to draw nobody has done that."""
+    """A stage trains on what its frozen encoders said, and no encoder is among its parameters; to draw they are."""
     config = runpy.run_path(str(ROOT / "configs" / "pixart.py"))["get_config"]("paper")
     config.mesh = {}
     run = Run(config, "nowhere")
-    assert "text" not in plan.batch_shapes(run, "quality_1024")
+    shapes = plan.batch_shapes(run, "quality_1024")
+    side = config.stages.quality_1024.task.network.sample_size
+    assert shapes["latent_mean"].shape[1:3] == (side, side) and not {"image", "text"} & set(shapes)
     ((name, _, (params, _, conds, _)),) = plan.sample_steps(run)
     assert name == "quality_1024" and {"text", "text_mask"} <= set(conds) and {"text_encoder", "vae"} <= set(params)
 
