@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vgen
+from vgen import bucket as buckets
 from vgen.bucket import Bucket
 from vgen.checkpoint import Checkpoints
 from vgen.checkpoint_show import main as checkpoint
 from vgen.config import UserError
+from vgen.data.text import BPE
 from vgen.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -274,8 +277,8 @@ def test_large_files_and_whole_folders(memory, monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--workdir=gs://"], "--workdir=gs:// names no bucket: it looks like gs://BUCKET/FOLDER"),
-        (["--workdir=nothing://a/b"], "cannot open --workdir=nothing://a/b: Protocol not known: nothing"),
+        (["--workdir=gs://"], "gs:// names no bucket: it looks like gs://BUCKET/FOLDER"),
+        (["--workdir=nothing://a/b"], "cannot open nothing://a/b: Protocol not known: nothing"),
         (["--workdir=memory://a/b", "--out=gs://a/b"], "--out=gs://a/b is no folder of this machine"),
     ],
 )
@@ -290,10 +293,60 @@ def test_a_package_that_is_not_there(monkeypatch):
         raise ImportError("Please install s3fs to access S3")
 
     monkeypatch.setattr(fsspec, "url_to_fs", missing)
-    with pytest.raises(UserError, match=r"--workdir=s3://a/b needs a package .* pip install 'vgen\[s3\]'"):
+    with pytest.raises(UserError, match=r"s3://a/b needs a package .* pip install 'vgen\[s3\]'"):
         Bucket("s3://a/b")
 
 
 def test_two_buckets_with_names_alike_do_not_share_a_folder(tmp_path):
     assert Bucket("memory://a/b-c", tmp_path).folder != Bucket("memory://a/b/c", tmp_path).folder
     assert Bucket("memory://a/b/", tmp_path).folder == Bucket("memory://a/b", tmp_path).folder
+
+
+# ------------------------------------------------------------------------------------------------- weights and words
+
+
+def test_files_of_a_bucket_are_read_here(tmp_path, monkeypatch):
+    """Copied once, again where they have changed, and of a folder what is asked for."""
+    monkeypatch.setenv("VGEN_SCRATCH", str(tmp_path))
+    there, root = fsspec.url_to_fs("memory://read/net")
+    for name in ("config.json", "a.bin", "part/b.bin"):
+        there.pipe_file(f"{root}/{name}", name.encode())
+    fetched = []
+    fetch = Bucket.fetch
+    monkeypatch.setattr(Bucket, "fetch", lambda self, path: fetched.append(path.name) or fetch(self, path))
+    assert buckets.local(tmp_path) == tmp_path and buckets.local("~") == Path.home()
+    folder = buckets.local("memory://read/net/")
+    assert {path.name: path.read_text() for path in folder.rglob("*n")} == {
+        "config.json": "config.json", "a.bin": "a.bin", "b.bin": "part/b.bin"
+    }  # fmt: skip
+    assert sorted(fetched) == ["a.bin", "b.bin", "config.json"]
+    there.pipe_file(f"{root}/a.bin", b"another")
+    assert buckets.local("memory://read/net") == folder and (folder / "a.bin").read_text() == "another"
+    assert buckets.local("memory://read/net/a.bin") == folder / "a.bin" and fetched[3:] == ["a.bin"]
+    (folder / "a.bin").unlink()
+    assert buckets.local("memory://read/net/a.bin").read_text() == "another"
+    few = buckets.local(
+        "memory://read/net/part", lambda names: [name for name in names if name == "c.bin"] or ["b.bin"]
+    )
+    assert [path.name for path in few.iterdir() if path.suffix == ".bin"] == ["b.bin"]
+    with pytest.raises(UserError, match="there is no file at memory://read/none"):
+        buckets.local("memory://read/none")
+
+
+def test_weights_and_tokenizers_come_from_buckets(tmp_path, monkeypatch, capsys):
+    """A stage begins with a file of one; what is wrong with it is one sentence."""
+    monkeypatch.setenv("VGEN_SCRATCH", str(tmp_path / "scratch"))
+    there, root = fsspec.url_to_fs("memory://weights")
+    np.savez(tmp_path / "fixed.npz", kernel=np.full((8, 4), 0.25, np.float32))
+    there.pipe_file(f"{root}/fixed.npz", (tmp_path / "fixed.npz").read_bytes())
+    BPE.train(["a red circle"] * 3, 260).save(tmp_path / "bpe.json")
+    there.pipe_file(f"{root}/words/bpe.json", (tmp_path / "bpe.json").read_bytes())
+    flags = ["--config.stages.second.init={'fixed': {'file': 'memory://weights/%s.npz'}}", "--stage=second"]
+    flags += ["--config.text.path=memory://weights/words/bpe.json"]
+    assert run(flags[0] % "none", *flags[1:], f"--workdir={tmp_path}/none") == 2
+    assert "there is no file at memory://weights/none.npz" in capsys.readouterr().err
+    assert run(flags[0] % "fixed", *flags[1:], f"--workdir={tmp_path}/run") == 0
+    shape = Checkpoints(tmp_path / "run" / "second", read_only=True).weights()[0]["dense/kernel"].shape
+    assert shape == (8, 4) and list((tmp_path / "scratch" / "read").glob("*/bpe.json"))
+    with pytest.raises(UserError, match="there is no file at memory://weights/none"):
+        vgen.load("memory://weights/none")

@@ -3,16 +3,18 @@
 What a run writes in small pieces (its config, logs, pictures, reports) lies in a folder of this machine and is copied
 from there; the bucket is what counts, and a run begins with what it holds.  Checkpoints in gs:// are written by orbax,
 by each process its own part; those elsewhere, which orbax does not know, by one machine that copies them when they are
-whole (`vgen.checkpoint`).  Caches and data that a stage makes stay on the machine.
+whole (`vgen.checkpoint`).  Caches and data that a stage makes stay on the machine.  Weights and tokenizers that a run
+begins with are copied from buckets by each machine (`local`).
 """
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +32,41 @@ def is_url(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def _scratch() -> Path:
+    return Path(os.environ.get("VGEN_SCRATCH") or "~/.cache/vgen/buckets").expanduser()
+
+
+def local(where: str | os.PathLike, pick: Callable[[list[str]], Iterable[str]] = list) -> Path:
+    """A file or folder of this machine; of a bucket, its copy, made anew of files that have changed there.
+
+    pick: of the names below a folder of a bucket those to copy.  With a file come the JSON files beside it.
+    Raises UserError where there is nothing, or the bucket cannot be read.
+    """
+    if not is_url(where):
+        return Path(where).expanduser()
+    url, scratch = os.fspath(where).rstrip("/"), _scratch() / "read"
+    bucket, name = Bucket(url, scratch), ""
+    with bucket._told("read"):
+        if bucket.files.isfile(bucket.root):
+            url, _, name = url.rpartition("/")
+            bucket = Bucket(url, scratch)
+            names = [name, *(each for each in bucket.names(bucket.folder) if each.endswith(".json"))]
+        else:
+            names = list(pick([each.removeprefix(bucket.root).strip("/") for each in bucket.files.find(bucket.root)]))
+        if not names:
+            raise UserError(f"there is no file at {where}")
+        seen = bucket.folder.with_name(f"{bucket.folder.name}.json")  # what it was when it was copied
+        had = json.loads(seen.read_text()) if seen.is_file() else {}
+        has = {each: str(bucket.files.ukey(f"{bucket.root}/{each}")) for each in dict.fromkeys(names)}
+        for each, key in has.items():
+            if had.get(each) != key or not (bucket.folder / each).is_file():
+                bucket.fetch(bucket.folder / each)
+        part = seen.with_name(f"{seen.name}.{os.getpid()}.tmp")
+        part.write_text(json.dumps(had | has))
+        part.replace(seen)
+    return bucket.folder / name
+
+
 class Bucket:
     """A folder in a bucket, and the folder of this machine that stands for it.
 
@@ -43,7 +80,7 @@ class Bucket:
 
         self.url, self.scheme, self.warn = url.rstrip("/"), url.partition("://")[0], warn
         if not url.partition("://")[2].strip("/"):
-            raise UserError(f"--workdir={url} names no bucket: it looks like {self.scheme}://BUCKET/FOLDER")
+            raise UserError(f"{url} names no bucket: it looks like {self.scheme}://BUCKET/FOLDER")
         # For orbax, too, which opens it by itself: what other processes write has to be seen.
         fsspec.config.conf.setdefault(self.scheme, {})["use_listings_cache"] = False
         try:
@@ -51,10 +88,10 @@ class Bucket:
         except ImportError as error:
             extra = EXTRAS.get(self.scheme)
             told = f"pip install 'vgen[{extra}]'" if extra else str(error)
-            raise UserError(f"--workdir={url} needs a package that is not installed: {told}") from None
+            raise UserError(f"{url} needs a package that is not installed: {told}") from None
         except Exception as error:  # noqa: BLE001  what a file system does without credentials is its own
-            raise UserError(f"cannot open --workdir={url}: {brief(error)}") from None
-        scratch = Path(scratch or os.environ.get("VGEN_SCRATCH") or "~/.cache/vgen/buckets").expanduser()
+            raise UserError(f"cannot open {url}: {brief(error)}") from None
+        scratch = Path(scratch) if scratch else _scratch()
         name = "".join(c if c.isalnum() else "-" for c in self.url.partition("://")[2])
         self.folder = scratch.resolve() / f"{name}-{hashlib.sha256(self.url.encode()).hexdigest()[:8]}"
         self._sent: dict[Path, tuple[int, int]] = {}

@@ -34,7 +34,7 @@ class StageConfig:
 class InitConfig:
     """Where the parameters below a prefix come from: a stage trained before, or a weight file.
 
-    stage: its name.  file: the weight file, or whatever else `reader` takes, such as a folder.
+    stage: its name.  file: the weight file, or whatever else `reader` takes, such as a folder; here or in a bucket.
     part: the prefix there ("" = everything).  without: regex of top-level parts left out.
     reader: function of the file's path that returns parameters as they are named here; `vgen.convert.load:params` for
       published checkpoints.

@@ -14,7 +14,7 @@ from vgen.convert import export as exporting
 from vgen.convert import formats, hub, schedulers
 from vgen.convert import load as loading
 from vgen.convert.rules import ConvertError
-from vgen.convert.sources import Pipeline, weight_files
+from vgen.convert.sources import Pipeline, local
 from vgen.data.text import T5, Clip, Texts
 from vgen.models.autoencoder import AutoencoderKL
 from vgen.models.clip import TextTower
@@ -234,9 +234,7 @@ def prompts(where: str | Path, length: int | None = None) -> Prompts:
 
 def _folder(where: str | Path) -> Path:
     """The local folder of a pipeline; UserError if it is none."""
-    if isinstance(where, str) and where.startswith("hf:"):
-        where = hub.fetch(where, weight_files)
-    folder = Path(where).expanduser()
+    folder = local(where)
     if not (folder / hub.PIPELINE).is_file():
         raise UserError(f"{where}: there is no {hub.PIPELINE}: not the folder of a pipeline")
     return folder

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vgen import bucket
 from vgen.config import UserError, brief
 from vgen.convert import formats, hub
 from vgen.convert.formats import Stored
@@ -46,17 +47,22 @@ class Pipeline(dict[str, Source]):
         self.path, self.index = path, index
 
 
+def local(where: str | Path) -> Path:
+    """The file or folder of this machine, of the hub ("hf:...") or a bucket (gs://...), without other weights."""
+    if isinstance(where, str) and where.startswith("hf:"):
+        return hub.fetch(where, weight_files)
+    return bucket.local(where, lambda names: hub.choose(names, weight_files))
+
+
 def open_source(where: str | Path) -> Source | Pipeline:
-    """The checkpoint at a path or "hf:owner/name@revision"; of a diffusers pipeline {part: checkpoint}.
+    """The checkpoint at a path, "hf:owner/name@revision" or gs://...; of a diffusers pipeline {part: checkpoint}.
 
     A file: .safetensors, .npz, .msgpack (Flax), or PyTorch's .bin, .pt, .pth, .ckpt, .pkl (see `vgen.convert.pickled`).
     A folder: config.json (or open_clip_config.json) beside weights, in one file or in shards with an index; or
     model_index.json and such folders.
     Raises UserError, one sentence, for whatever is missing, damaged or refused.
     """
-    if isinstance(where, str) and where.startswith("hf:"):
-        where = hub.fetch(where, weight_files)
-    path = Path(where).expanduser()
+    path = local(where)
     if not path.is_dir():
         named = path.name in {stem + suffix for stem in STEMS for suffix in SUFFIXES}
         return Source(path, open_file(path), _config(path) if named or _of_open_clip(path) else {})

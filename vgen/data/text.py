@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int32
 
+from vgen.bucket import local
 from vgen.data import spiece
 from vgen.data.images import DataError
 
@@ -329,9 +330,11 @@ def open_tokenizer(
     """A tokenizer with its text length, as a config names it.
 
     kind: "bpe" (from `path`; without one, trained to `vocab_size` on the captions that `corpus()` gives, once, and kept
-    at `cache`), "clip", "t5" or "bert" (from the checkpoint folder `path`).  length: tokens per text.
+    at `cache`), "clip", "t5" or "bert" (from the checkpoint folder `path`).  path: also in a bucket, gs:// or s3://.
+    length: tokens per text.
     Raises ValueError for another kind, DataError when one of the latter has no path.
     """
+    path = path and local(path, lambda names: [name for name in names if name.endswith((".json", ".txt", ".model"))])
     if kind == "bpe":
         if path:
             return Texts(BPE.load(path), length)
