@@ -144,14 +144,18 @@ def test_three_losses(params):
         task._matching(params, jnp.arange(4.0)[:, None], text, jnp.asarray(logits), jax.random.key(i))
     pairs = [(np.asarray(tokens)[:, 0], np.asarray(features)[:, 0]) for tokens, features in seen]
     for tokens, features in pairs:
-        assert (tokens[:4] == features[:4]).all() and (tokens[4:] != features[4:]).all()
-        assert (tokens[5:8] == 0).all()  # text 0 is the likest to all pictures but its own
+        pairs = [(tokens[k::3], features[k::3]) for k in range(3)]  # true, another text, another picture
+        assert [(a == b).all() or (a != b).all() and "wrong" for a, b in pairs] == [True, "wrong", "wrong"]
+        assert (pairs[0][0] == np.arange(4)).all() and (pairs[1][1] == np.arange(4)).all()
+        assert (pairs[2][0] == np.arange(4)).all() and (
+            pairs[1][0][1:] == 0
+        ).all()  # text 0 is the likest to all pictures but its own
 
 
 def test_matching_loss():
     logits = jnp.asarray([[0.0, 2.0], [1.0, 0.0], [3.0, 0.0]])
     want = torch.nn.functional.cross_entropy(torch.tensor(np.asarray(logits)), torch.tensor([1, 0, 0]))
-    value, accuracy = matching_loss(logits, 1)
+    value, accuracy = matching_loss(logits, jnp.asarray([True, False, False]))
     assert float(value) == pytest.approx(want.item(), rel=1e-6) and float(accuracy) == 1
 
 

@@ -11,8 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
+from vgen import sharding
 from vgen.data import images as image_ops
 from vgen.models.bert import Bert
 from vgen.models.blip import MEAN, STD, Captioner
@@ -212,7 +213,7 @@ class Blip(Caption):
         """
         if len(batch["image"]) < 2:
             raise ValueError("Blip: a batch must have two pictures or more, each the other's negative, got 1")
-        features = self._apply(params, self.pixels(batch["image"]), method="encode")
+        features = sharding.constrain(self._apply(params, self.pixels(batch["image"]), method="encode"))
         text, mask = batch["text"], batch["text_mask"]
         image = unit(self._head(params, "image", features[:, 0]))
         alone = unit(self._head(params, "text", self.encode(params, *self.rows(text, mask, self.text_start))))
@@ -228,15 +229,21 @@ class Blip(Caption):
         """(ITM's cross-entropy, its accuracy) of the true pairs and of two hard ones for each."""
         own = jnp.where(jnp.eye(len(logits), dtype=bool), -jnp.inf, jax.lax.stop_gradient(logits))
         texts, pictures = (jax.random.categorical(k, x) for k, x in zip(jax.random.split(key), (own, own.T)))
-        tokens, mask = (jnp.concatenate([x, x[texts], x]) for x in text)
-        seen = jnp.concatenate([features, features, features[pictures]])
-        found = self._head(params, "match", self.encode(params, tokens, mask, seen))
-        return matching_loss(found, len(logits))
+        tokens, mask = (_in_turn(x, x[texts], x) for x in text)
+        found = self._head(
+            params, "match", self.encode(params, tokens, mask, _in_turn(features, features, features[pictures]))
+        )
+        return matching_loss(found, jnp.arange(len(tokens)) % 3 == 0)
 
 
-def matching_loss(logits: Float[Array, "n 2"], true: int) -> tuple[Any, Any]:
-    """(mean cross-entropy, accuracy): the first `true` rows are pairs that belong together (class 1)."""
-    label = (jnp.arange(len(logits)) < true).astype(jnp.int32)
+def _in_turn(*batches: Array) -> Array:
+    """[b, ...] each -> [n b, ...]: the first of all, the second of all, and so on; a device's stay where they are."""
+    return sharding.constrain(jnp.stack(batches, 1).reshape(-1, *batches[0].shape[1:]))
+
+
+def matching_loss(logits: Float[Array, "n 2"], true: Bool[Array, " n"]) -> tuple[Any, Any]:
+    """(mean cross-entropy, accuracy); true: which rows are pairs that belong together (class 1)."""
+    label = true.astype(jnp.int32)
     logs = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
     right = jnp.take_along_axis(logs, label[:, None], 1)[:, 0]
     return -right.mean(), (logits.argmax(1) == label).mean()
