@@ -331,6 +331,10 @@ def test_files_of_a_bucket_are_read_here(tmp_path, monkeypatch):
     assert [path.name for path in few.iterdir() if path.suffix == ".bin"] == ["b.bin"]
     with pytest.raises(UserError, match="there is no file at memory://read/none"):
         buckets.local("memory://read/none")
+    there.store[f"{root}/../../out.bin"] = there.store[f"{root}/a.bin"]
+    with pytest.raises(UserError, match="lie outside of the copy"):
+        buckets.local("memory://read/net")
+    assert not list(tmp_path.rglob("out.bin"))
 
 
 def test_weights_and_tokenizers_come_from_buckets(tmp_path, monkeypatch, capsys):

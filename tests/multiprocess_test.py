@@ -351,6 +351,13 @@ def test_checkpoints_go_onto_other_meshes_and_numbers_of_processes(runs, start, 
     assert job.wait() == [0, 0], job.err()
     for name in ("one", "two"):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / name / "second_0003.png")), want)
+    few = (*more, "--config.generate.batch_size=2")  # too few for all four: they are split in two
+    job = start(2, *few, "--config.mesh.fsdp=2", f"--out={tmp_path / 'few2'}")
+    assert main(["vgen", *few, f"--out={tmp_path / 'few1'}", "--compilation_cache="]) == 0
+    assert job.wait() == [0, 0], job.err()
+    drawn = [np.asarray(Image.open(tmp_path / name / "second_0003.png")) for name in ("few1", "few2")]
+    np.testing.assert_array_equal(*drawn)
+    assert (drawn[0] != want).any()
     told = subprocess.run(
         [sys.executable, "-m", "vgen.checkpoint", "show", workdir / "first"], capture_output=True, text=True, cwd=ROOT
     )

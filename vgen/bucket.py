@@ -174,6 +174,8 @@ class Bucket:
         with self._told("read"):
             for name in self.files.find(self._there(path)):
                 path = self.folder / name.removeprefix(self.root).strip("/")
+                if ".." in path.parts:
+                    raise UserError(f"{self.url} has a file {name!r}, which would lie outside of the copy")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
                 self.files.get_file(name, str(part))

@@ -154,7 +154,8 @@ def _plan(options: flags.FlagValues) -> int:
             print(f"{kind} {name}: looking for settings that fit", flush=True)
             found = fitting[name] = plan.fitting(options.config, options.workdir, name, target, kind)
             told = " ".join(f"--config.{path}={value}" for path, value in (found or {}).items())
-            print(f"{kind} {name}: {'fits with ' + told if found else 'none fits; take more or larger devices'}")
+            told = f"fits with {told}" if found else "none fits; take more or larger devices"
+            print(f"{kind} {name}: {told}", flush=True)
     bucket = Bucket(options.workdir) if is_url(options.workdir) else None
     path = (bucket.folder if bucket else Path(options.workdir)) / "plan.json"
     try:

@@ -98,7 +98,7 @@ def measured(run: Run, name: str, target: plan.Target, steps: int) -> dict[str, 
         jax.block_until_ready(state)
         seconds = time.perf_counter() - start
         wait = None if cached else (batches.wait_seconds - waited) / seconds
-        save, state = _save(run, state, frozen, batch, compiled, steps, seconds / steps)
+        save, state = _save(state, frozen, batch, compiled, steps, seconds / steps)
     count = sum(leaf.size for leaf in state.params.values())
     peak = (run.mesh.devices.flat[0].memory_stats() or {}).get("peak_bytes_in_use") or _resident()
     found |= {"seconds": seconds / steps, "wait": wait, "peak": peak, "parameters": count}
@@ -110,7 +110,7 @@ def measured(run: Run, name: str, target: plan.Target, steps: int) -> dict[str, 
     }
 
 
-def _save(run: Run, state, frozen, batch, step, steps: int, seconds: float) -> tuple[float, Any]:
+def _save(state, frozen, batch, step, steps: int, seconds: float) -> tuple[float, Any]:
     """(seconds that a save costs the steps beside it, the state after them), to a folder of this machine.
 
     steps: that are done at least; there are more as long as it is being written.  seconds: of a step without a save.
