@@ -394,8 +394,8 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     target = report["target"]
     yield f"{report['config']}:{report['scale']} on {target['topology']}, {target['devices']} devices ({mesh})"
     if level := target.get("optimization_level"):
-        yield f"compiled at JAX_OPTIMIZATION_LEVEL={level}: by default the compiler tries more, and finds programs that"
-        yield "take less memory and time"
+        yield f"compiled at JAX_OPTIMIZATION_LEVEL={level}: by default the compiler tries more; its program"
+        yield "takes somewhat more memory and time, or less"
     for kind in ("train", "sample"):
         for name, found in report[kind].items():
             yield from _told(kind, name, found, target.get("memory"))
