@@ -699,6 +699,7 @@ scores = {"loss": float(flags["config.a.lr"]) * 10, "right": True, "protocol": "
 @pytest.fixture
 def sweep(tmp_path):
     (tmp_path / "vgen").mkdir()
+    (tmp_path / "vgen/__init__.py").touch()  # a package, which comes before the real one wherever that is
     (tmp_path / "vgen/main.py").write_text(STUB)
     (tmp_path / "config.py").touch()
     (tmp_path / "bad").write_text("1")
