@@ -165,6 +165,7 @@ TOLD_TWICE = tuple(
     configs_test.py::test_no_group_has_a_gradient_in_another[vqgan]
     configs_test.py::test_two_steps_of_every_stage[amused]
     configs_test.py::test_two_steps_of_every_stage[dalle]
+    configs_test.py::test_two_steps_of_every_stage[maskgit]
     configs_test.py::test_two_steps_of_every_stage[stable_diffusion]
     configs_test.py::test_two_steps_of_every_stage[vqgan]
     convert/amused_test.py::test_against_diffusers_in_float32[odd]
